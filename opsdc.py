@@ -1,0 +1,546 @@
+"""OPSDC: on-policy self-distillation for reasoning compression, in one file.
+
+Paper: arXiv 2603.05433 (version 2 calls the method CRISP). A reasoning model talks too much; told
+to be concise, it talks less and stays right. So the model that was told becomes the teacher of the
+model that was not: the student writes, and at every token is pulled towards what the teacher would
+have written there. No answers, no rewards, no length budgets.
+
+Notation
+    x, c, y         problem, conciseness instruction, rollout (the completion the student samples)
+    pi_theta        student: the model behind the plain prompt x
+    pi_theta_bar    teacher: a frozen copy of the same model, behind the prompt (x, c)
+    q_t, p_t        their next-token distributions at position t of the same y, over the vocabulary
+    B, M, k         batch size, refresh interval, step
+
+Algorithm 1
+    theta_bar <- theta
+    for k = 1, 2, ...:
+        if k mod M == 0: theta_bar <- theta                                              Eq. (2)
+        sample a batch of B problems x_i
+        sample one rollout y_i ~ pi_theta(. | x_i) of each
+        q_t = pi_theta(. | x_i, y_i,<t), p_t = pi_theta_bar(. | x_i, c, y_i,<t) at every t
+        L_i = 1/|y_i| sum_t KL(q_t || p_t)                                               Eq. (1)
+        one optimizer step on 1/B sum_i L_i
+
+Departures, where the paper and its code disagree or a baseline needs more care than both take
+    1. Normalisation: Eq. (1) sums over t, the code averages the tokens of micro-batches of two.
+       Here, as in Algorithm 1, the mean of each completion, then of the batch.
+    2. Refresh: before step k, as in the paper; the code refreshes after it, one step later.
+    3. Rollouts are cut at 8,192 tokens and trained on as they are, as in the paper. The released
+       configuration samples up to 30,000 and drops pairs over 10,240.
+    4. The reminder that ends DAPO-Math prompts stands once in each prompt; the code repeats it in
+       the teacher's. The instructions have the paper's colons; the code has dashes.
+    5. The sampled ids are trained on; the code decodes and encodes again, which can change them.
+    6. Problems that are also in MATH-500 are left out; neither paper nor code mentions them.
+
+    python opsdc.py @toy/args                 # a planted toy: CPU, no download, minutes
+    python opsdc.py --model Qwen/Qwen3-8B     # the paper's setting
+"""
+
+import hashlib
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import torch
+import transformers
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+Ids = list[int]  # of tokens
+Model, Tokenizer = transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase
+
+
+# ---- Configuration: the paper's hyperparameter table; the command line is made from it -----------
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a run depends on. Raises ValueError for a value that makes no sense."""
+
+    model: str = HfArg(default="Qwen/Qwen3-8B", help="hub id or local directory")
+    data: str = HfArg(
+        default="YouJiacheng/DAPO-Math-17k-dedup",
+        help="hub id or .jsonl / .json / .parquet file with a column problem, question or prompt",
+    )
+    output_dir: str = HfArg(default="runs/opsdc", help="gets metrics.jsonl and the trained model")
+    instruction: str = HfArg(default="v1", help="c: v1, v2, percent:50 or a text of your own")
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = HfArg(
+        default="reverse_kl", help="reverse_kl is KL(student || teacher)"
+    )
+    refresh_every: int = HfArg(default=50, help="M, in steps; 0 freezes the teacher")
+    steps: int = HfArg(default=100, help="the paper converges near 100; an epoch is about 425")
+    batch_size: int = HfArg(default=32, help="B, problems a step, one rollout each")
+    micro_batch_size: int = HfArg(default=1, help="rollouts a backward pass: memory, not result")
+    max_prompt_tokens: int = HfArg(default=1024, help="longer teacher prompts are left out")
+    max_new_tokens: int = HfArg(default=8192, help="of a rollout; cut ones are trained on too")
+    temperature: float = HfArg(default=1.0, help="of the rollout; the loss is always at 1")
+    top_p: float = HfArg(default=1.0, help="of the rollout; 1 is the whole distribution")
+    learning_rate: float = HfArg(default=1e-6, help="AdamW's, constant")
+    weight_decay: float = HfArg(default=0.01, help="AdamW's, decoupled")
+    max_grad_norm: float = HfArg(default=1.0, help="global L2 norm that gradients are clipped to")
+    save_every: int = HfArg(default=50, help="steps between checkpoints; 0 saves only the end")
+    seed: int = HfArg(default=0, help="of data order and sampling")
+
+    def __post_init__(self) -> None:
+        for names, valid, wish in (
+            ("steps batch_size micro_batch_size", lambda v: v > 0, "at least 1"),
+            ("max_prompt_tokens max_new_tokens", lambda v: v > 0, "at least 1"),
+            ("refresh_every weight_decay save_every seed", lambda v: v >= 0, "0 or more"),
+            ("temperature learning_rate max_grad_norm", lambda v: v > 0, "more than 0"),
+            ("top_p", lambda v: 0 < v <= 1, "more than 0 and at most 1"),
+        ):
+            for name in names.split():
+                value = getattr(self, name)
+                if not (valid(value) and math.isfinite(value)):
+                    raise ValueError(f"--{name} is {value}, but must be {wish}")
+        instruction_text(self.instruction)
+
+
+# ---- Prompts: the paper's, verbatim --------------------------------------------------------------
+
+ANSWER_FORMAT = (
+    "The last line of your response should be of the form Answer: $Answer (without quotes) where "
+    "$Answer is the answer to the problem."
+)
+STUDENT_PROMPT = (
+    f"Solve the following math problem step by step. {ANSWER_FORMAT}\n\n"
+    '{problem}\n\nRemember to put your answer on its own line after "Answer:".'
+)
+TEACHER_PROMPT = (
+    f"{{instruction}}\n\n{ANSWER_FORMAT}\n\n"
+    '{problem}\n\nRemember to put your answer on its own line after "Answer:".'
+)
+INSTRUCTIONS = {
+    "v1": "Solve the following math problem concisely and correctly. Be direct: avoid unnecessary "
+    "elaboration, redundant steps, or restating the problem. Focus only on the key reasoning steps "
+    "needed to reach the answer.",
+    "v2": "Solve the following math problem concisely and correctly. Prioritize a correct final "
+    "answer above brevity. For straightforward problems, be direct: avoid unnecessary elaboration, "
+    "redundant steps, or restating the problem. For difficult or multi-step problems, do NOT "
+    "over-compress: keep every reasoning step needed for correctness, including case analysis, "
+    "edge cases, and a brief check of the final answer. Never omit a step that the answer depends "
+    "on.",
+    "percent": "Solve the following math problem correctly using {percent}% fewer tokens than you "
+    "normally would. Be more concise: cut unnecessary elaboration, redundant steps, and verbose "
+    "explanations while preserving correctness.",
+}
+
+
+def instruction_text(instruction: str) -> str:
+    """The text c of `v1`, `v2` or `percent:P`; any other text of several words is c itself.
+
+    Raises ValueError for a P that is no whole number from 1 to 99, and for any other single word.
+    """
+    name, _, percent = instruction.partition(":")
+    if name == "percent" and percent.isdecimal() and 0 < int(percent) < 100:
+        return INSTRUCTIONS["percent"].format(percent=int(percent))
+    if instruction in ("v1", "v2"):
+        return INSTRUCTIONS[instruction]
+    if len(instruction.split()) < 2:
+        raise ValueError(f"--instruction is {instruction!r}, not v1, v2, percent:1..99 or a text")
+    return instruction
+
+
+def student_prompt(problem: str) -> str:
+    """x in the paper's words: DAPO-Math's prompt."""
+    return STUDENT_PROMPT.replace("{problem}", problem)
+
+
+def teacher_prompt(problem: str, instruction: str) -> str:
+    """(x, c) in the paper's words: the text c in the place of the first sentence."""
+    return TEACHER_PROMPT.replace("{instruction}", instruction).replace("{problem}", problem)
+
+
+def encode_chat(tokenizer: Tokenizer, prompts: list[str]) -> list[Ids]:
+    """Each prompt as a user turn and the opening of the assistant's, by the model's own template.
+
+    Thinking is left to the model: Qwen3 opens <think> itself, DeepSeek-R1-Distill in its template.
+    Control tokens that stand in a problem's text (<|im_end|>, say) are encoded as plain text.
+    """
+    return tokenizer.apply_chat_template(
+        [[{"role": "user", "content": prompt}] for prompt in prompts],
+        add_generation_prompt=True,
+        sanitize_control_tokens=True,
+        return_dict=False,
+    )
+
+
+# ---- Data: problems, never answers ---------------------------------------------------------------
+
+# The four problems that DAPO-Math shares with MATH-500, as `fingerprint` has them.
+IN_MATH500 = {"3361691622c4f773", "4384ad9cb9175c9f", "69c249395bcf1d7d", "f680069cf8b5a5ad"}
+
+
+def fingerprint(problem: str) -> str:
+    """Hash of a problem's text, white space aside."""
+    return hashlib.sha256("".join(problem.split()).encode()).hexdigest()[:16]
+
+
+def load_rows(source: str, split: str = "train") -> datasets.Dataset:
+    """Rows of a .jsonl, .json or .parquet file, or of the split of a hub dataset."""
+    builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    if builder := builders.get(Path(source).suffix):
+        return datasets.load_dataset(builder, data_files=source, split="train")
+    return datasets.load_dataset(source, split=split)
+
+
+def load_problems(source: str) -> list[str]:
+    """Problems of a hub dataset or a file, without the wrapper that DAPO-Math has around them.
+
+    Reads the column `problem`, `question` or `prompt`: texts, or chats whose last message is read.
+    Raises ValueError if there is none.
+    """
+    rows = load_rows(source)
+    column = next((c for c in ("problem", "question", "prompt") if c in rows.column_names), None)
+    if column is None:
+        raise ValueError(f"{source} has columns {rows.column_names}; none is problem or prompt")
+    texts = [cell if isinstance(cell, str) else cell[-1]["content"] for cell in rows[column]]
+    prefix, suffix = STUDENT_PROMPT.split("{problem}")
+    problems = [text.removeprefix(prefix).removesuffix(suffix) for text in texts]
+    return [problem for problem in problems if fingerprint(problem) not in IN_MATH500]
+
+
+def batches(items: list[int], batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Batches without end: every epoch in a new order, less what does not fill its last batch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(items), generator=generator).tolist()
+        for start in range(0, len(items) - batch_size + 1, batch_size):
+            yield [items[i] for i in order[start : start + batch_size]]
+
+
+# ---- Rollout -------------------------------------------------------------------------------------
+
+
+def sampling_settings(shipped: GenerationConfig, **sampling: float) -> GenerationConfig:
+    """Settings for generate(): `sampling`, and the stop ids that the model ships with.
+
+    They replace the shipped settings on the model: generate() takes from those what it is not told
+    (Qwen3 ships top-p 0.95 and top-k 20). Raises ValueError if there are no stop ids.
+    """
+    if shipped.eos_token_id is None:
+        raise ValueError("the model's generation_config.json names no eos_token_id to stop at")
+    stop_ids = torch.tensor(shipped.eos_token_id).view(-1).tolist()  # from one id or a list
+    return GenerationConfig(
+        do_sample=True, eos_token_id=stop_ids, pad_token_id=stop_ids[0], **sampling
+    )
+
+
+@torch.no_grad()
+def rollout(model: Model, prompts: list[Ids]) -> list[Ids]:
+    """Samples one completion of each prompt, by the model's generation_config.
+
+    Returns the ids as sampled, up to the first stop id and with it; a completion that was cut
+    at max_new_tokens has none.
+    """
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    settings = model.generation_config
+    width = max(map(len, rows))  # P
+    input_ids = pad_sequence(rows, True, settings.pad_token_id, padding_side="left")  # (B, P)
+    attention_mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])  # (B, P)
+    model.eval()  # in training mode gradient checkpointing would switch the KV cache off
+    output = model.generate(
+        input_ids.to(model.device), attention_mask=attention_mask.to(model.device)
+    )  # (B, P + T)
+    completions = []
+    for ids in output[:, width:].tolist():
+        stops = [t for t, token in enumerate(ids) if token in settings.eos_token_id]
+        completions.append(ids[: stops[0] + 1] if stops else ids)  # padding is what follows a stop
+    return completions
+
+
+# ---- Alignment: one completion behind two prompts ------------------------------------------------
+
+
+def align(prompts: list[Ids], completions: list[Ids]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Joins prompts and completions; marks the positions whose logits predict a completion token.
+
+    Returns input_ids (B, L) and predicts (B, L). Logits at a position predict the next token, so
+    the marks begin at a prompt's last token and end before the completion's last. All padding is
+    at the end, out of a causal model's sight: no attention mask, no position ids.
+
+        prompts        [[11, 12, 13], [21]]
+        completions    [[1, 2], [3, 4, 5]]
+        input_ids      [[11, 12, 13, 1, 2], [21, 3, 4, 5, 0]]
+        predicts       [[ 0,  0,  1, 1, 0], [ 1, 1, 1, 0, 0]]
+
+    `predicts` keeps five positions, which predict 1, 2, 3, 4, 5 in this order whatever the prompts:
+    so the rows that it keeps of the student's states and of the teacher's belong together.
+    """
+    rows = [torch.tensor(x + y) for x, y in zip(prompts, completions, strict=True)]
+    marks = [
+        torch.tensor([False] * (len(x) - 1) + [True] * len(y) + [False])
+        for x, y in zip(prompts, completions, strict=True)
+    ]
+    return pad_sequence(rows, True, 0), pad_sequence(marks, True, False)
+
+
+def completion_states(model: Model, prompts: list[Ids], completions: list[Ids]) -> torch.Tensor:
+    """Final hidden states (T, H) that predict the T tokens of all completions."""
+    input_ids, predicts = (x.to(model.device) for x in align(prompts, completions))  # (B, L)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=input_ids.is_cuda):
+        hidden = model.base_model(input_ids, use_cache=False)[0]  # (B, L, H)
+    return hidden[predicts]
+
+
+# ---- Loss: over the full vocabulary, never holding tokens x vocabulary ---------------------------
+
+# fp32 logits held at once: large chunks for the matrix products, blocks that fit the CPU's cache.
+CHUNK, BLOCK = {"cpu": 2**24, "cuda": 2**27}, {"cpu": 2**18, "cuda": 2**26}
+
+
+def divergence(
+    student_logps: torch.Tensor, teacher_logps: torch.Tensor, kind: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divergence (N,), in nats, of log-probabilities log q and log p (N, V).
+
+    Returns with it the gradient (N, V) with respect to the student's logits.
+    With g the gradient with respect to q, the softmax makes it q (g - sum_v q g), where g is
+        reverse KL, KL(q || p):                  log q - log p, a constant aside
+        JSD, (KL(q || m) + KL(p || m)) / 2:      (log q - log m) / 2, with m = (q + p) / 2
+        forward KL, KL(p || q):                  -p / q
+    """
+    q, p = student_logps.exp(), teacher_logps.exp()
+    if kind == "forward_kl":
+        return (p * (teacher_logps - student_logps)).sum(-1), q - p
+    if kind == "reverse_kl":
+        g, rest = student_logps - teacher_logps, 0
+    else:
+        mixture_logps = torch.logaddexp(student_logps, teacher_logps) - math.log(2)
+        g, rest = (
+            (student_logps - mixture_logps) / 2,
+            (p * (teacher_logps - mixture_logps)).sum(-1) / 2,
+        )
+    expected_g = (q * g).sum(-1)
+    return expected_g + rest, q * (g - expected_g[:, None])
+
+
+def project(hidden: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Logits (N, V) in fp32 of hidden states (N, H), written over the first N rows of `out`.
+
+    Student and teacher are nearly equal: logits rounded to bf16 would bury their divergence.
+    """
+    out = out[: len(hidden)]
+    if hidden.is_cuda:  # bf16 operands, fp32 sums and output
+        return torch.mm(hidden, head.T, out_dtype=torch.float32, out=out)
+    return torch.mm(hidden.float(), head.float().T, out=out)
+
+
+class LinearDivergence(torch.autograd.Function):
+    """sum_t weight_t D(q_t, p_t), from hidden states and heads, as a function of the student's.
+
+    Logits exist for a chunk of positions at a time. Their gradient is known in closed form, so it
+    goes into the gradients of hidden states and head while the chunk is there, in the forward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, student_states, student_head, teacher_states, teacher_head, weights, kind):
+        """States (T, H), heads (V, H), weights (T,) -> loss, and (3, T) of D, H(q_t) and H(p_t)."""
+        device, (vocabulary, _) = student_states.device.type, student_head.shape
+        chunk, block = max(1, CHUNK[device] // vocabulary), max(1, BLOCK[device] // vocabulary)
+        q_logits, p_logits = weights.new_empty(2, min(chunk, len(weights)), vocabulary)
+        statistics = weights.new_empty(3, len(weights))
+        grad_states, grad_head = torch.empty_like(student_states), torch.zeros_like(student_head)
+        for start in range(0, len(weights), chunk):
+            rows = slice(start, start + chunk)
+            q_chunk = project(student_states[rows], student_head, q_logits)  # (chunk, V)
+            p_chunk = project(teacher_states[rows], teacher_head, p_logits)  # (chunk, V)
+            for q_block, p_block, weight, statistic in zip(
+                q_chunk.split(block),  # (block, V)
+                p_chunk.split(block),
+                weights[rows].split(block),
+                statistics[:, rows].split(block, dim=1),
+                strict=True,
+            ):
+                student_logps, teacher_logps = q_block.log_softmax(-1), p_block.log_softmax(-1)
+                statistic[0], gradient = divergence(student_logps, teacher_logps, kind)
+                statistic[1] = -(student_logps.exp() * student_logps).sum(-1)
+                statistic[2] = -(teacher_logps.exp() * teacher_logps).sum(-1)
+                torch.mul(gradient, weight[:, None], out=q_block)
+            grad_logits = q_chunk.to(student_head.dtype)
+            torch.mm(grad_logits, student_head, out=grad_states[rows])
+            grad_head.addmm_(grad_logits.T, student_states[rows])
+        ctx.save_for_backward(grad_states, grad_head)
+        ctx.mark_non_differentiable(statistics)
+        return statistics[0] @ weights, statistics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _):
+        grad_states, grad_head = ctx.saved_tensors
+        return grad_states.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None
+
+
+def distillation_loss(
+    student: Model,
+    teacher: Model,
+    student_prompts: list[Ids],
+    teacher_prompts: list[Ids],
+    completions: list[Ids],
+    kind: str,
+    batch_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What these completions add to 1/B sum_i 1/|y_i| sum_t D(q_t, p_t), B = batch_size; in nats.
+
+    Micro-batches add up, loss and gradient, to the batch's. Returns the loss, and without gradient
+    (3,) the same means of divergence, student entropy and teacher entropy.
+    """
+    student_states = completion_states(student, student_prompts, completions)  # (T, H)
+    with torch.no_grad():
+        teacher_states = completion_states(teacher, teacher_prompts, completions)  # (T, H)
+    weights = torch.tensor([1 / len(y) / batch_size for y in completions for _ in y])  # (T,)
+    weights = weights.to(student.device)
+    dtype = torch.bfloat16 if weights.is_cuda else torch.float32
+    loss, statistics = LinearDivergence.apply(
+        student_states.to(dtype),
+        student.get_output_embeddings().weight.to(dtype),
+        teacher_states.to(dtype),
+        teacher.get_output_embeddings().weight.to(dtype),
+        weights,
+        kind,
+    )
+    return loss, statistics @ weights
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def load_model(name: str) -> Model:
+    """A causal language model, in fp32: AdamW at 1e-6 moves nothing in bf16.
+
+    Raises OSError if it is not there, ValueError if its logits are not just states times head.
+    """
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    ids, head = torch.arange(8)[None], model.get_output_embeddings().weight
+    with torch.no_grad():
+        if not torch.allclose(model(ids).logits, model.base_model(ids)[0] @ head.T, atol=1e-3):
+            raise ValueError(f"{name} scales, caps or shifts its logits; the loss here does not")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def save(student: Model, tokenizer: Tokenizer, shipped: GenerationConfig, config: Config, to: Path):
+    """Writes an ordinary Hugging Face model directory, and run.json: configuration and versions."""
+    student.save_pretrained(to)
+    shipped.save_pretrained(to)  # not the settings of the rollout
+    tokenizer.save_pretrained(to)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
+    run = {"config": asdict(config), "versions": versions | {"python": platform.python_version()}}
+    (to / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+
+
+def train(config: Config) -> None:
+    """Algorithm 1. Raises ValueError or OSError for bad input, before it writes anything."""
+    output_dir = Path(config.output_dir)
+    if (output_dir / "metrics.jsonl").exists():
+        raise ValueError(f"{output_dir} holds a run: remove it or choose another --output_dir")
+    transformers.set_seed(config.seed)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    instruction = instruction_text(config.instruction)
+    problems = load_problems(config.data)
+    student_prompts = encode_chat(tokenizer, [student_prompt(x) for x in problems])
+    teacher_prompts = encode_chat(tokenizer, [teacher_prompt(x, instruction) for x in problems])
+    fits = [i for i, ids in enumerate(teacher_prompts) if len(ids) <= config.max_prompt_tokens]
+    print(f"{len(fits)} problems; {len(problems) - len(fits)} over --max_prompt_tokens left out")
+    if len(fits) < config.batch_size:
+        raise ValueError(f"{len(fits)} problems of {config.data} do not make a batch")
+
+    student, teacher = load_model(config.model), load_model(config.model)
+    teacher.requires_grad_(False).eval()
+    shipped = student.generation_config
+    student.generation_config = sampling_settings(
+        shipped,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=0,
+        max_new_tokens=config.max_new_tokens,
+    )
+    student.activation_checkpointing_enable()
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(range(1, config.steps + 1), unit="step")
+    batch_of = batches(fits, config.batch_size, config.seed)
+    for step in bar:
+        # "if k mod M == 0: theta_bar <- theta"
+        refreshed = config.refresh_every > 0 and step % config.refresh_every == 0
+        if refreshed:
+            teacher.load_state_dict(student.state_dict())  # Eq. (2)
+
+        # "sample a batch of B problems"
+        batch = next(batch_of)
+
+        # "one rollout y_i of each from the student"
+        start = time.perf_counter()
+        completions = rollout(student, [student_prompts[i] for i in batch])
+        rollout_seconds = time.perf_counter() - start
+
+        # "student and teacher logits on the same y_i; L_i = sum_t KL(q_t || p_t)"
+        start = time.perf_counter()
+        student.train()
+        means = torch.zeros(3, device=student.device)
+        by_length = sorted(zip(completions, batch, strict=True), key=lambda pair: len(pair[0]))
+        for first in range(0, config.batch_size, config.micro_batch_size):
+            ys, micro_batch = zip(*by_length[first : first + config.micro_batch_size], strict=True)
+            loss, micro_means = distillation_loss(
+                student,
+                teacher,
+                [student_prompts[i] for i in micro_batch],
+                [teacher_prompts[i] for i in micro_batch],
+                ys,
+                config.divergence,
+                config.batch_size,
+            )
+            loss.backward()
+            means += micro_means
+
+        # "one step on (1/B) sum_i L_i"
+        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        loss, student_entropy, teacher_entropy = means.tolist()
+        lengths = [len(y) for y in completions]
+        cut = sum(y[-1] not in student.generation_config.eos_token_id for y in completions)
+        metrics = {
+            "step": step,
+            "loss": loss,
+            "completion_tokens": sum(lengths) / config.batch_size,
+            "truncated": cut / config.batch_size,
+            "student_entropy": student_entropy,
+            "teacher_entropy": teacher_entropy,
+            "grad_norm": grad_norm.item(),
+            "rollout_seconds": rollout_seconds,
+            "update_seconds": time.perf_counter() - start,
+            "tokens_per_second": sum(lengths) / rollout_seconds,
+            "refreshed": refreshed,
+        }
+        with open(output_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        bar.set_postfix(tokens=f"{metrics['completion_tokens']:.0f}", loss=f"{loss:.4f}")
+        if config.save_every and step % config.save_every == 0 and step < config.steps:
+            save(student, tokenizer, shipped, config, output_dir / f"step-{step}")
+    save(student, tokenizer, shipped, config, output_dir)
+
+
+def main() -> None:
+    """Command line: a flag for each field of Config; @file reads flags from a file, one a line."""
+    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], fromfile_prefix_chars="@")
+    arguments = parser.parse_args()
+    try:
+        train(Config(**vars(arguments)))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"opsdc.py: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
