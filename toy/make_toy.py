@@ -1,0 +1,285 @@
+"""Makes the toy: a tiny Qwen3-architecture model on which opsdc.py visibly works on a laptop CPU.
+
+The two styles of reasoning, verbose and concise, were PLANTED here: the model is trained from
+random weights on traces that this script writes. The toy shows the method's mechanics; it is no
+evidence about Qwen3 or any other model.
+
+Problems ask for the last digit of a sum of 2 to 6 digits; the number of summands is the level.
+Behind the student's prompt a trace narrates, restates, re-checks and starts over. Behind the
+instruction v1 it does all of this less often; v2 is v1 with a check kept on harder problems. Much
+of what is superfluous does not grow with the sum, so short sums carry more of it. Every line of
+numbers slips with the same probability in every style (its first digit is one too high) and the
+next builds on it: accuracy can differ between styles only because length does.
+
+    python toy/make_toy.py          # rewrites toy/ from a seed; 15 minutes on 2 busy cores
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    get_cosine_schedule_with_warmup,
+    set_seed,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from opsdc import INSTRUCTIONS, encode_chat, student_prompt, teacher_prompt  # noqa: E402
+
+Digits = tuple[int, ...]  # the summands of a problem
+
+LEVELS = range(2, 7)
+HARD = 4  # from this level on, v2 keeps a check
+TEST_PER_LEVEL = 60
+TRAIN_PROBLEMS = 3200
+
+# Of a line of numbers. Evaluation at temperature 0.6 thins it to 0.06, and top-p 0.95 would cut off
+# anything below 0.05, which is 0.146 here.
+SLIP = 0.16
+
+STEPS, BATCH_SIZE, LEARNING_RATE = 3000, 32, 3e-3
+
+# ------------------------------------------------------------------------------------------------
+# Problems and traces
+# ------------------------------------------------------------------------------------------------
+
+NARRATIONS = (
+    "Okay, let me think about this.",
+    "Let me read the problem again.",
+    "I only need the last digit.",
+    "Let me go through it step by step.",
+)
+CHECKS = ("Wait, let me double-check.", "Hmm, is that right?", "Let me verify that once more.")
+CLOSINGS = (
+    "That looks right.",
+    "Yes, that makes sense.",
+    "I am fairly confident.",
+    "So that is it.",
+)
+RESTART = "Wait, let me start over."
+RESTATED_SUM, STEP, RESTATED_STEP = "The sum is ", "= ", "That is "
+
+
+@dataclass(frozen=True)
+class Style:
+    """How likely a trace is to do each superfluous thing, and then to do it again."""
+
+    narrate: float
+    restate_sum: float
+    restate_step: float
+    check: float
+    close: float
+    restart: float
+    keeps_check: bool = False  # on hard problems
+
+
+STYLES = {
+    "student": Style(0.80, 0.60, 0.30, 0.65, 0.75, 0.20),
+    "v1": Style(0.69, 0.43, 0.22, 0.51, 0.61, 0.14),
+    "v2": Style(0.72, 0.46, 0.23, 0.53, 0.63, 0.15, keeps_check=True),
+}
+
+
+def repeats(probability: float, rng: random.Random) -> int:
+    """How often in a row something of this probability happens."""
+    count = 0
+    while rng.random() < probability:
+        count += 1
+    return count
+
+
+def problem_text(digits: Sequence[int]) -> str:
+    return f"What is the last digit of {' + '.join(map(str, digits))}?"
+
+
+def answer_text(digits: Sequence[int], style: Style, rng: random.Random) -> str:
+    """An answer in a style: thoughts and lines that rewrite what is left of the sum; the digit."""
+    lines = rng.choices(NARRATIONS, k=repeats(style.narrate, rng))
+
+    def write(opening: str, numbers: list[int]) -> list[int]:
+        """Adds a line of numbers and returns what it says, slip included; the next builds on it."""
+        slip = rng.random() < SLIP
+        numbers = [(numbers[0] + slip) % 10, *numbers[1:]]
+        lines.append(opening + " + ".join(map(str, numbers)))
+        return numbers
+
+    for attempt in range(1 + repeats(style.restart, rng)):
+        left = digits
+        if attempt:
+            lines.append(RESTART)
+        if attempt or rng.random() < style.restate_sum:
+            left = write(RESTATED_SUM, left)
+        while len(left) > 1:
+            left = write(STEP, [left[0] + left[1], *left[2:]])
+            for _ in range(repeats(style.restate_step, rng) if len(left) > 1 else 0):
+                left = write(RESTATED_STEP, left)
+    kept = style.keeps_check and len(digits) >= HARD
+    for _ in range(max(repeats(style.check, rng), kept)):
+        lines.append(rng.choice(CHECKS))
+        left = write(RESTATED_STEP, left)
+    lines += rng.choices(CLOSINGS, k=repeats(style.close, rng))
+    return "\n".join(["<think>", *lines, "</think>\n", f"Answer: {left[0]}"])
+
+
+def draw_digits(rng: random.Random, level: int, apart_from: Collection[Digits]) -> Digits:
+    """The summands of a random problem that is not one of the others."""
+    while (digits := tuple(rng.randrange(10) for _ in range(level))) in apart_from:
+        pass
+    return digits
+
+
+# ------------------------------------------------------------------------------------------------
+# Tokenizer and model
+# ------------------------------------------------------------------------------------------------
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+
+
+def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE whose merges cross spaces, so that a phrase is one token, but not digits and
+    newlines: a digit is always a token of its own. It has its own chat template, in ChatML."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[0-9]|\n+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,  # more than the few phrases fill
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """Random weights, about a million. It ships with Qwen3's own sampling settings."""
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=32,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            initializer_range=0.08,  # about 1 / sqrt(hidden_size)
+            **ids,
+        )
+    )
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.6, top_p=0.95, top_k=20, **ids
+    )
+    return model
+
+
+def prompt_text(digits: Sequence[int], style: str) -> str:
+    """The prompt that a style of answer stands behind."""
+    problem = problem_text(digits)
+    if style == "student":
+        return student_prompt(problem)
+    return teacher_prompt(problem, INSTRUCTIONS[style])
+
+
+def example_batches(
+    tokenizer: PreTrainedTokenizerFast, held_out: Collection[Digits], rng: random.Random
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For ever: input_ids and labels (B, L) of new answers behind their prompts; labels are -100
+    outside of the answers. Answers of similar length share a batch, to save padding."""
+    while True:
+        styles = rng.choices(list(STYLES), k=8 * BATCH_SIZE)
+        # Long sums are the hardest to learn: a level is drawn as often as it has summands.
+        levels = rng.choices(LEVELS, weights=LEVELS, k=len(styles))
+        problems = [draw_digits(rng, level, held_out) for level in levels]
+        pairs = list(zip(problems, styles, strict=True))
+        prompts = encode_chat(tokenizer, [prompt_text(*pair) for pair in pairs])
+        texts = [answer_text(digits, STYLES[style], rng) for digits, style in pairs]
+        answers = tokenizer([text + tokenizer.eos_token for text in texts]).input_ids
+        rows = sorted(zip(prompts, answers, strict=True), key=lambda row: len(row[1]))
+        chunks = [rows[first : first + BATCH_SIZE] for first in range(0, len(rows), BATCH_SIZE)]
+        rng.shuffle(chunks)
+        for chunk in chunks:
+            inputs = [torch.tensor(prompt + answer) for prompt, answer in chunk]
+            labels = [torch.tensor([-100] * len(prompt) + answer) for prompt, answer in chunk]
+            yield pad_sequence(inputs, True, 0), pad_sequence(labels, True, -100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output_dir", nargs="?", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    set_seed(arguments.seed)
+    rng = random.Random(arguments.seed)
+
+    test: list[Digits] = []
+    for level in LEVELS:
+        for _ in range(TEST_PER_LEVEL):
+            test.append(draw_digits(rng, level, set(test)))
+    held_out = set(test)
+    # Short sums come several times: there are only a hundred of two digits.
+    train = [draw_digits(rng, rng.choice(LEVELS), held_out) for _ in range(TRAIN_PROBLEMS)]
+    texts = ["user", "assistant"]
+    for digits in train:
+        for name, style in STYLES.items():
+            texts += [prompt_text(digits, name), answer_text(digits, style, rng)]
+    tokenizer = make_tokenizer(texts)
+    model = make_model(tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
+    schedule = get_cosine_schedule_with_warmup(optimizer, STEPS // 20, STEPS)
+    bar = tqdm(range(STEPS), unit="step")
+    for _, (input_ids, labels) in zip(bar, example_batches(tokenizer, held_out, rng), strict=False):
+        loss = model(input_ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+
+    model.save_pretrained(arguments.output_dir)
+    tokenizer.save_pretrained(arguments.output_dir)
+    write_rows(arguments.output_dir / "train.jsonl", [{"problem": problem_text(x)} for x in train])
+    write_rows(
+        arguments.output_dir / "test.jsonl",
+        [{"problem": problem_text(x), "answer": str(sum(x) % 10), "level": len(x)} for x in test],
+    )
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
