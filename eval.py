@@ -39,12 +39,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from datasets.exceptions import DatasetsError
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from opsdc import (
+    DEVICE,
+    DTYPE,
+    RANK,
+    RANKS,
     encode_chat,
     instruction_text,
     load_rows,
@@ -260,7 +265,7 @@ class Grader:
     def __init__(self, workers: int = 1, limit: float = 5.0) -> None:
         # Forked from a clean server that did the slow imports: a fork of ours would break CUDA.
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch", "transformers", "math_verify"])
+        self.context.set_forkserver_preload(["opsdc", "math_verify"])
         self.limit = limit
         self.threads = ThreadPoolExecutor(workers)
         self.idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
@@ -319,12 +324,8 @@ def generate(
 
     A batch has the same problems and the same seed whenever it is sampled.
     """
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
     tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_name, dtype=torch.bfloat16 if cuda else torch.float32
-    ).to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=DTYPE).to(DEVICE)
     model.generation_config = sampling_settings(
         model.generation_config,
         temperature=settings.temperature,
@@ -337,7 +338,7 @@ def generate(
         batches = [
             work[i : i + settings.batch_size] for i in range(0, len(work), settings.batch_size)
         ]
-        for number in range(rank, len(batches), ranks):
+        for number in range(RANK, len(batches), RANKS):
             rows = [
                 {"model": model_name, "prompt": prompt, "benchmark": benchmark, "id": problem["id"]}
                 | {"sample": sample}
@@ -600,8 +601,7 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
             instruction_text(prompt)
     written = [row for file in responses for row in read_responses(file, benchmarks, settings)]
 
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1:  # no time limit worth the name: a rank may have hours more to do than another
+    if RANKS > 1:  # no time limit worth the name: a rank may have hours more to do than another
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     identity = {
         "candidates": candidates,
@@ -610,11 +610,11 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
     }
     identity |= asdict(settings) | {"weights": [weights_of(model) for model in models]}
     claim(output_dir, identity)
-    records = output_dir / f"samples-{rank}.jsonl"
+    records = output_dir / f"samples-{RANK}.jsonl"
     records.touch()
     whole = records.read_bytes().rpartition(b"\n")
     done = {key(row) for row in recorded(output_dir)}
-    if ranks > 1:
+    if RANKS > 1:
         torch.distributed.barrier()  # all have read before any writes
     os.truncate(records, len(whole[0] + whole[1]))  # a row that a kill had cut short goes
 
@@ -624,7 +624,7 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
         for problem in problems
     }
     work = len(candidates) * len(answers) * settings.samples
-    bar = tqdm(total=work // ranks, initial=len(done) // ranks, unit="sample", disable=rank > 0)
+    bar = tqdm(total=work // RANKS, initial=len(done) // RANKS, unit="sample", disable=RANK > 0)
     grader, start, tokens = Grader(), time.perf_counter(), 0
     batches = (generate(*candidate, benchmarks, settings, done) for candidate in candidates)
     for batch in [[r] for r in written if key(r) not in done] if responses else chain(*batches):
@@ -639,9 +639,9 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
         bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
         bar.update(len(rows))
     bar.close()
-    if ranks > 1:
+    if RANKS > 1:
         torch.distributed.barrier()
-    if rank == 0:
+    if RANK == 0:
         summary = summarize(recorded(output_dir), candidates, benchmarks, settings.samples)
         (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(markdown(summary, settings))
@@ -660,8 +660,9 @@ def main() -> None:
     output_dir = Path(arguments.pop("output_dir"))
     try:
         evaluate(models, responses, output_dir, Settings(**arguments))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"eval.py: error: {error}\n")
+    except (ValueError, OSError, DatasetsError) as error:
+        message = str(error).partition("\n")[0]
+        parser.exit(2, f"eval.py: error: {message}\n")
 
 
 if __name__ == "__main__":

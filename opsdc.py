@@ -38,9 +38,13 @@ Departures, where the paper and its code disagree or a baseline needs more care 
 """
 
 import hashlib
+import itertools
 import json
 import math
+import os
 import platform
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -49,11 +53,19 @@ from typing import Literal
 
 import datasets
 import torch
+import torch.distributed as dist
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.hf_argparser import HfArg
+
+# torchrun says which of how many processes this is; without it there is one.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
+DTYPE = torch.bfloat16 if CUDA else torch.float32  # of weights and activations
+OPTIMIZER_FILE = f"optimizer-{RANK}-of-{RANKS}.pt"
 
 Ids = list[int]  # of tokens
 Model, Tokenizer = transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase
@@ -80,6 +92,7 @@ class Config:
     steps: int = HfArg(default=100, help="the paper converges near 100; an epoch is about 425")
     batch_size: int = HfArg(default=32, help="B, problems a step, one rollout each")
     micro_batch_size: int = HfArg(default=1, help="rollouts a backward pass: memory, not result")
+    rollout_batch_size: int = HfArg(default=32, help="rollouts generated at once on a GPU: memory")
     max_prompt_tokens: int = HfArg(default=1024, help="longer teacher prompts are left out")
     max_new_tokens: int = HfArg(default=8192, help="of a rollout; cut ones are trained on too")
     temperature: float = HfArg(default=1.0, help="of the rollout; the loss is always at 1")
@@ -89,10 +102,12 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="global L2 norm that gradients are clipped to")
     save_every: int = HfArg(default=50, help="steps between checkpoints; 0 saves only the end")
     seed: int = HfArg(default=0, help="of data order and sampling")
+    offload: bool = HfArg(default=False, help="keep fp32 weights and moments in host memory")
+    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in output_dir")
 
     def __post_init__(self) -> None:
         for names, valid, wish in (
-            ("steps batch_size micro_batch_size", lambda v: v > 0, "at least 1"),
+            ("steps batch_size micro_batch_size rollout_batch_size", lambda v: v > 0, "at least 1"),
             ("max_prompt_tokens max_new_tokens", lambda v: v > 0, "at least 1"),
             ("refresh_every weight_decay save_every seed", lambda v: v >= 0, "0 or more"),
             ("temperature learning_rate max_grad_norm", lambda v: v > 0, "more than 0"),
@@ -287,15 +302,13 @@ def align(prompts: list[Ids], completions: list[Ids]) -> tuple[torch.Tensor, tor
 def completion_states(model: Model, prompts: list[Ids], completions: list[Ids]) -> torch.Tensor:
     """Final hidden states (T, H) that predict the T tokens of all completions."""
     input_ids, predicts = (x.to(model.device) for x in align(prompts, completions))  # (B, L)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=input_ids.is_cuda):
-        hidden = model.base_model(input_ids, use_cache=False)[0]  # (B, L, H)
-    return hidden[predicts]
+    return model.base_model(input_ids, use_cache=False)[0][predicts]  # of (B, L, H)
 
 
 # ---- Loss: over the full vocabulary, never holding tokens x vocabulary ---------------------------
 
 # fp32 logits held at once: large chunks for the matrix products, blocks that fit the CPU's cache.
-CHUNK, BLOCK = {"cpu": 2**24, "cuda": 2**27}, {"cpu": 2**18, "cuda": 2**26}
+CHUNK, BLOCK = {"cpu": 2**24, "cuda": 2**26}, {"cpu": 2**18, "cuda": 2**25}
 
 
 def divergence(
@@ -399,97 +412,209 @@ def distillation_loss(
         teacher_states = completion_states(teacher, teacher_prompts, completions)  # (T, H)
     weights = torch.tensor([1 / len(y) / batch_size for y in completions for _ in y])  # (T,)
     weights = weights.to(student.device)
-    dtype = torch.bfloat16 if weights.is_cuda else torch.float32
     loss, statistics = LinearDivergence.apply(
-        student_states.to(dtype),
-        student.get_output_embeddings().weight.to(dtype),
-        teacher_states.to(dtype),
-        teacher.get_output_embeddings().weight.to(dtype),
+        student_states,
+        student.get_output_embeddings().weight,
+        teacher_states,
+        teacher.get_output_embeddings().weight,
         weights,
         kind,
     )
     return loss, statistics @ weights
 
 
-# ---- Training ------------------------------------------------------------------------------------
+# ---- Optimizer: fp32 behind bf16 weights, shared out over the ranks ------------------------------
 
 
-def load_model(name: str) -> Model:
-    """A causal language model, in fp32: AdamW at 1e-6 moves nothing in bf16.
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of the ranks' tensors, in place, on all of them."""
+    if RANKS > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class MasterAdamW:
+    """AdamW on fp32 masters of a model's weights: at 1e-6, AdamW on bf16 weights moves nothing.
+
+    Every rank holds all weights. Each weight has one owner, which keeps its master, gradient and
+    moments, on its GPU or (--offload) in host memory. Backward hands every gradient to its owner,
+    summed over the ranks, as soon as it is ready: there they add up in fp32, and nobody holds all.
+    """
+
+    def __init__(self, model: Model, config: Config) -> None:
+        self.weights, self.owner, self.masters = list(model.parameters()), {}, {}
+        load = [0] * RANKS  # numbers owned
+        for weight in sorted(self.weights, key=torch.numel, reverse=True):
+            self.owner[weight] = owner = load.index(min(load))
+            load[owner] += weight.numel()
+            weight.register_post_accumulate_grad_hook(self.take_gradient)
+            if owner == RANK:
+                place = "cpu" if config.offload else weight.device
+                self.masters[weight] = weight.detach().to(place, torch.float32, copy=True)
+                self.masters[weight].grad = torch.zeros_like(self.masters[weight])
+        self.max_norm = config.max_grad_norm
+        self.adamw = torch.optim.AdamW(
+            self.masters.values(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def take_gradient(self, weight: torch.Tensor) -> None:
+        """Adds the gradient that backward has just finished to its owner's, and frees it."""
+        gradient, weight.grad = weight.grad, None
+        if RANKS > 1:
+            gradient = gradient.float()
+            dist.reduce(gradient, self.owner[weight])
+        if weight in self.masters:
+            master = self.masters[weight]
+            master.grad += gradient.to(master.device)
+
+    @torch.no_grad()
+    def step(self) -> float:
+        """Clips, updates the masters, rounds them into the weights; returns the norm unclipped."""
+        masters = list(self.masters.values())
+        norm = torch.nn.utils.get_total_norm([master.grad for master in masters])
+        norm = all_sum(norm.to(DEVICE) ** 2).sqrt()
+        torch.nn.utils.clip_grads_with_norm_(masters, self.max_norm, norm)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=False)
+        for weight in self.weights:
+            if weight in self.masters:
+                weight.copy_(self.masters[weight])
+            if RANKS > 1:
+                dist.broadcast(weight, self.owner[weight])
+        return norm.item()
+
+    def state_dict(self) -> dict:
+        """This rank's masters and moments."""
+        return {"masters": list(self.masters.values()), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for master, saved in zip(self.masters.values(), state["masters"], strict=True):
+            master.copy_(saved)
+        self.adamw.load_state_dict(state["adamw"])
+
+
+# ---- Models and checkpoints ----------------------------------------------------------------------
+
+
+def load_model(name: str | Path) -> Model:
+    """A causal language model, in bf16 on a GPU and in fp32 on a CPU.
 
     Raises OSError if it is not there, ValueError if its logits are not just states times head.
     """
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    ids, head = torch.arange(8)[None], model.get_output_embeddings().weight
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPE).to(DEVICE)
+    ids, head = torch.arange(8, device=DEVICE)[None], model.get_output_embeddings().weight
     with torch.no_grad():
-        if not torch.allclose(model(ids).logits, model.base_model(ids)[0] @ head.T, atol=1e-3):
-            raise ValueError(f"{name} scales, caps or shifts its logits; the loss here does not")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+        logits, product = model(ids).logits, model.base_model(ids)[0] @ head.T
+    if (logits - product).abs().max() > 0.02 * logits.abs().max():
+        raise ValueError(f"{name} scales, caps or shifts its logits; the loss here does not")
+    return model
 
 
-def save(student: Model, tokenizer: Tokenizer, shipped: GenerationConfig, config: Config, to: Path):
+def save(student: Model, teacher: Model, tokenizer: Tokenizer, config: Config, to: Path) -> None:
     """Writes an ordinary Hugging Face model directory, and run.json: configuration and versions."""
     student.save_pretrained(to)
-    shipped.save_pretrained(to)  # not the settings of the rollout
     tokenizer.save_pretrained(to)
+    teacher.generation_config.save_pretrained(to)  # as shipped; the student's is the rollout's
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
     run = {"config": asdict(config), "versions": versions | {"python": platform.python_version()}}
     (to / "run.json").write_text(json.dumps(run, indent=2) + "\n")
 
 
+def begin(config: Config) -> tuple[Model, Model, MasterAdamW, int]:
+    """Student, teacher, optimizer, and how many steps they have done.
+
+    That is none, or with --resume what the newest checkpoint holds that can be read. Raises
+    ValueError if none of them can, or if it is of a run with another configuration.
+    """
+    found = sorted(Path(config.output_dir).glob("step-*"), key=lambda d: -int(d.name[5:]))
+    for directory in found if config.resume else []:
+        try:
+            student, teacher = load_model(directory), load_model(directory / "teacher")
+            saved = torch.load(directory / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+            before = json.loads((directory / "run.json").read_text())["config"]
+            readable = 1
+        except Exception as error:  # whatever a damaged file raises; the one before may do
+            print(f"{directory} can't be read and is passed over: {error}", file=sys.stderr)
+            readable = 0
+        if all_sum(torch.tensor(readable, device=DEVICE)) < RANKS:
+            continue
+        for name in before.keys() - {"output_dir", "steps", "save_every", "offload", "resume"}:
+            if before[name] != getattr(config, name):
+                raise ValueError(f"{directory} was made with --{name} {before[name]}")
+        optimizer = MasterAdamW(student, config)
+        optimizer.load_state_dict(saved)
+        return student, teacher, optimizer, int(directory.name[5:])
+    if found and config.resume:
+        raise ValueError(f"no checkpoint in {config.output_dir} can be read")
+    student, teacher = load_model(config.model), load_model(config.model)  # theta_bar <- theta
+    return student, teacher, MasterAdamW(student, config), 0
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
 def train(config: Config) -> None:
     """Algorithm 1. Raises ValueError or OSError for bad input, before it writes anything."""
     output_dir = Path(config.output_dir)
-    if (output_dir / "metrics.jsonl").exists():
-        raise ValueError(f"{output_dir} holds a run: remove it or choose another --output_dir")
-    transformers.set_seed(config.seed)
+    log = output_dir / "metrics.jsonl"
+    if log.exists() and not config.resume:
+        raise ValueError(f"{output_dir} holds a run: --resume it or choose another --output_dir")
+    if config.batch_size % RANKS:
+        raise ValueError(f"--batch_size {config.batch_size} can't be shared by {RANKS} processes")
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     instruction = instruction_text(config.instruction)
     problems = load_problems(config.data)
     student_prompts = encode_chat(tokenizer, [student_prompt(x) for x in problems])
     teacher_prompts = encode_chat(tokenizer, [teacher_prompt(x, instruction) for x in problems])
     fits = [i for i, ids in enumerate(teacher_prompts) if len(ids) <= config.max_prompt_tokens]
-    print(f"{len(fits)} problems; {len(problems) - len(fits)} over --max_prompt_tokens left out")
     if len(fits) < config.batch_size:
         raise ValueError(f"{len(fits)} problems of {config.data} do not make a batch")
 
-    student, teacher = load_model(config.model), load_model(config.model)
+    student, teacher, optimizer, done = begin(config)
     teacher.requires_grad_(False).eval()
-    shipped = student.generation_config
+    student.activation_checkpointing_enable()
     student.generation_config = sampling_settings(
-        shipped,
+        student.generation_config,
         temperature=config.temperature,
         top_p=config.top_p,
         top_k=0,
         max_new_tokens=config.max_new_tokens,
     )
-    student.activation_checkpointing_enable()
-    optimizer = torch.optim.AdamW(
-        student.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(range(1, config.steps + 1), unit="step")
-    batch_of = batches(fits, config.batch_size, config.seed)
+    stop_ids = student.generation_config.eos_token_id
+    if RANK == 0:
+        print(f"{len(fits)} problems, {len(problems) - len(fits)} with too long prompts left out")
+        output_dir.mkdir(parents=True, exist_ok=True)
+        log.write_text("".join(log.read_text().splitlines(True)[:done]) if done else "")
+    batch_of = itertools.islice(batches(fits, config.batch_size, config.seed), done, None)
+    steps = range(done + 1, config.steps + 1)
+    bar = tqdm(steps, initial=done, total=config.steps, unit="step", disable=RANK > 0)
     for step in bar:
         # "if k mod M == 0: theta_bar <- theta"
         refreshed = config.refresh_every > 0 and step % config.refresh_every == 0
         if refreshed:
             teacher.load_state_dict(student.state_dict())  # Eq. (2)
 
-        # "sample a batch of B problems"
-        batch = next(batch_of)
+        # "sample a batch of B problems", of which each rank takes its share
+        batch = next(batch_of)[RANK::RANKS]
 
         # "one rollout y_i of each from the student"
         start = time.perf_counter()
-        completions = rollout(student, [student_prompts[i] for i in batch])
+        torch.manual_seed((config.seed * 100_000 + step) * 1_000 + RANK)  # the same when resumed
+        completions = []
+        for first in range(0, len(batch), config.rollout_batch_size):
+            part = batch[first : first + config.rollout_batch_size]
+            completions += rollout(student, [student_prompts[i] for i in part])
         rollout_seconds = time.perf_counter() - start
 
         # "student and teacher logits on the same y_i; L_i = sum_t KL(q_t || p_t)"
         start = time.perf_counter()
         student.train()
-        means = torch.zeros(3, device=student.device)
+        means = torch.zeros(3, device=DEVICE)
         by_length = sorted(zip(completions, batch, strict=True), key=lambda pair: len(pair[0]))
-        for first in range(0, config.batch_size, config.micro_batch_size):
+        for first in range(0, len(batch), config.micro_batch_size):
             ys, micro_batch = zip(*by_length[first : first + config.micro_batch_size], strict=True)
             loss, micro_means = distillation_loss(
                 student,
@@ -504,42 +629,61 @@ def train(config: Config) -> None:
             means += micro_means
 
         # "one step on (1/B) sum_i L_i"
-        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        grad_norm = optimizer.step()
 
-        loss, student_entropy, teacher_entropy = means.tolist()
-        lengths = [len(y) for y in completions]
-        cut = sum(y[-1] not in student.generation_config.eos_token_id for y in completions)
+        cut = sum(y[-1] not in stop_ids for y in completions)
+        counts = torch.tensor([sum(map(len, completions)), cut], device=DEVICE)
+        tokens, cut = all_sum(counts).tolist()
+        loss, student_entropy, teacher_entropy = all_sum(means).tolist()
         metrics = {
             "step": step,
             "loss": loss,
-            "completion_tokens": sum(lengths) / config.batch_size,
+            "completion_tokens": tokens / config.batch_size,
             "truncated": cut / config.batch_size,
             "student_entropy": student_entropy,
             "teacher_entropy": teacher_entropy,
-            "grad_norm": grad_norm.item(),
+            "grad_norm": grad_norm,
             "rollout_seconds": rollout_seconds,
             "update_seconds": time.perf_counter() - start,
-            "tokens_per_second": sum(lengths) / rollout_seconds,
+            "tokens_per_second": tokens / rollout_seconds,
+            "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9,
             "refreshed": refreshed,
         }
-        with open(output_dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
         bar.set_postfix(tokens=f"{metrics['completion_tokens']:.0f}", loss=f"{loss:.4f}")
+        if RANK == 0:
+            with log.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
         if config.save_every and step % config.save_every == 0 and step < config.steps:
-            save(student, tokenizer, shipped, config, output_dir / f"step-{step}")
-    save(student, tokenizer, shipped, config, output_dir)
+            unfinished = output_dir / f"unfinished-{step}"  # what is named step-N is complete
+            if RANK == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                save(student, teacher, tokenizer, config, unfinished)
+                teacher.save_pretrained(unfinished / "teacher")
+            all_sum(torch.zeros(1, device=DEVICE))  # wait: the directory is there
+            torch.save(optimizer.state_dict(), unfinished / OPTIMIZER_FILE)
+            all_sum(torch.zeros(1, device=DEVICE))  # wait: all have written
+            if RANK == 0:
+                shutil.rmtree(output_dir / f"step-{step}", ignore_errors=True)  # a damaged one
+                unfinished.rename(output_dir / f"step-{step}")
+    if RANK == 0:
+        save(student, teacher, tokenizer, config, output_dir)
 
 
 def main() -> None:
     """Command line: a flag for each field of Config; @file reads flags from a file, one a line."""
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], fromfile_prefix_chars="@")
     arguments = parser.parse_args()
+    if CUDA:
+        torch.cuda.set_device(DEVICE)
+    if RANKS > 1:
+        dist.init_process_group("nccl" if CUDA else "gloo")
     try:
         train(Config(**vars(arguments)))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"opsdc.py: error: {error}\n")
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        message = str(error).partition("\n")[0]
+        parser.exit(2, f"opsdc.py: error: {message}\n")
+    if RANKS > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -387,7 +387,7 @@ def test_script_trains_and_saves_the_toy(tmp_path):
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     keys = "step loss completion_tokens truncated student_entropy teacher_entropy grad_norm"
-    keys += " rollout_seconds update_seconds tokens_per_second refreshed"
+    keys += " rollout_seconds update_seconds tokens_per_second peak_gpu_gb refreshed"
     assert [row["step"] for row in rows] == [1, 2] and set(rows[0]) == set(keys.split())
     assert rows[0]["loss"] > 0 and rows[0]["grad_norm"] > 0
 
@@ -415,6 +415,127 @@ def test_bad_values_end_with_one_line_and_nothing_written(tmp_path):
         run = run_script("@toy/args", flag, f"--output_dir={tmp_path}/run")
         assert run.returncode == 2 and flag.split("=")[0] in run.stderr.splitlines()[-1]
         assert "Traceback" not in run.stderr and not (tmp_path / "run").exists()
+
+
+# ---- Optimizer, ranks, checkpoints ---------------------------------------------------------------
+
+
+def updates(model, optimizer, steps, clip=None):
+    """The losses of some updates on one batch, towards a fixed teacher."""
+    teacher, losses = tiny_model(2).to(model.dtype), []
+    for _ in range(steps):
+        loss, _ = batch_loss(model, teacher, range(5))
+        loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        if clip:
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_fp32_updates_are_adamws_own():
+    ours, plain = tiny_model(1), tiny_model(1)
+    config = opsdc.Config(learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.01)
+    losses = updates(ours, opsdc.MasterAdamW(ours, config), 5)
+    adamw = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.1)
+    assert losses == pytest.approx(updates(plain, adamw, 5, clip=0.01), abs=1e-6)
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict(), atol=1e-6, rtol=1e-5)
+
+
+def test_bf16_with_masters_follows_fp32_where_bf16_alone_stands_still():
+    """200 updates at the paper's learning rate, from the same weights; movement of all weights."""
+    start = tiny_model(1).to(torch.bfloat16)
+    fp32, pure = tiny_model(1), tiny_model(1).to(torch.bfloat16)
+    fp32.load_state_dict(start.state_dict())
+    options = {"lr": 1e-6, "weight_decay": 0.01}
+    fp32_losses = updates(fp32, torch.optim.AdamW(fp32.parameters(), **options), 200, clip=1.0)
+    updates(pure, torch.optim.AdamW(pure.parameters(), **options), 200, clip=1.0)
+    mixed = tiny_model(1).to(torch.bfloat16)
+    optimizer = opsdc.MasterAdamW(mixed, opsdc.Config(learning_rate=1e-6))
+    mixed_losses = updates(mixed, optimizer, 200)
+
+    def flat(tensors):
+        return torch.cat([tensor.detach().float().flatten() for tensor in tensors])
+
+    origin = flat(start.parameters())
+    moved = flat(fp32.parameters()) - origin
+    masters = flat(optimizer.masters[weight] for weight in mixed.parameters()) - origin
+    alone = flat(pure.parameters()) - origin
+    shares = [(movement != 0).float().mean().item() for movement in (moved, masters, alone)]
+    assert shares[1] == pytest.approx(shares[0], abs=0.01) and shares[2] < 0.05
+    assert shares[0] > 0.9  # the rest is embeddings of ids that the batch does not have
+    assert torch.cosine_similarity(masters, moved, dim=0) > 0.95
+    assert masters.norm() / moved.norm() == pytest.approx(1, abs=0.05)
+    assert mixed_losses == pytest.approx(fp32_losses, rel=0.02)
+    rounded = [torch.equal(w, optimizer.masters[w].bfloat16()) for w in mixed.parameters()]
+    assert all(rounded)
+
+
+SMALL_RUN = ("@toy/args", "--batch_size=8", "--micro_batch_size=3", "--max_new_tokens=40")
+SMALL_RUN += ("--refresh_every=3", "--learning_rate=1e-3", "--rollout_batch_size=4")
+
+
+def outcome(output_dir):
+    """Metrics without the times, and the weights."""
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").open()]
+    rows = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    return rows, AutoModelForCausalLM.from_pretrained(output_dir).state_dict()
+
+
+def test_two_ranks_equal_one_process(tmp_path):
+    """The same batch of 8, greedy by a tiny top_p: samples would differ between the ranks."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29512"]
+    results = []
+    for name, start in (("one", []), ("two", launcher)):
+        command = [sys.executable, *start, "opsdc.py", *SMALL_RUN, "--steps=4", "--top_p=1e-6"]
+        command += [f"--output_dir={tmp_path / name}"]
+        run = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        results.append(outcome(tmp_path / name))
+    (rows, weights), (expected_rows, expected_weights) = results
+    for row, expected in zip(rows, expected_rows, strict=True):
+        assert row == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(weights, expected_weights, atol=1e-5, rtol=1e-5)
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    """SIGKILL after a random step, after another, and during a save; then a damaged checkpoint."""
+    options = (*SMALL_RUN, "--steps=8", "--save_every=2")
+    whole = run_script(*options, f"--output_dir={tmp_path}/whole")
+    assert whole.returncode == 0, whole.stderr
+    killed, random_ = tmp_path / "killed", random.Random(0)
+    command = [sys.executable, "opsdc.py", *options, f"--output_dir={killed}", "--resume"]
+
+    def steps_done():
+        log = killed / "metrics.jsonl"
+        return log.read_text().count("\n") if log.exists() else 0
+
+    for moment in (
+        lambda: steps_done() >= random_.randint(1, 3),
+        lambda: (killed / "unfinished-4").exists(),
+        lambda: steps_done() >= 5,
+    ):
+        process = subprocess.Popen(command, cwd=HERE, stdout=-3, stderr=-3)
+        while process.poll() is None and not moment():
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -9
+    newest = max(killed.glob("step-*"), key=lambda path: int(path.name[5:]))
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    run = run_script(*options, f"--output_dir={killed}", "--resume")
+    assert run.returncode == 0 and f"{newest} can't be read and is passed over" in run.stderr
+    (rows, weights), (expected_rows, expected_weights) = (
+        outcome(killed),
+        outcome(tmp_path / "whole"),
+    )
+    assert rows == expected_rows and same(weights, expected_weights)
+
+    other = run_script(*options, f"--output_dir={killed}", "--resume", "--temperature=0.9")
+    assert other.returncode == 2 and "made with --temperature 1.0" in other.stderr
+    assert outcome(killed)[0] == expected_rows
 
 
 @pytest.fixture(scope="module")

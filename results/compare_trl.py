@@ -4,9 +4,10 @@
     python results/compare_trl.py parity    # the toy: loss and gradient of a batch of 8
     python results/compare_trl.py cost      # Qwen3's vocabulary: seconds and memory of an update
 
-TRL's settings for the method: the whole teacher's prompt as privileged context, a copy of the
-student as teacher, full vocabulary, reverse KL, no importance weights, no token skipped. Its
-sampling is replaced by fixed completions of 32 or 1,024 random ids; the rest is its own. For `cost`
+TRL's settings for the method: the instruction as privileged context (in front of the student's
+prompt, the only form that its template has; here both sides use it), a copy of the student as
+teacher, full vocabulary, reverse KL, no importance weights, no token skipped. Its sampling is
+replaced by fixed completions of 32 or 1,024 random ids; the rest is its own. For `cost`
 the model is a random Qwen3 of two layers and hidden size 512, in fp32 on one CPU thread; two
 completions are one micro-batch. Each side runs two updates in a process of its own and the second
 one counts: TRL's from on_step_begin to on_step_end, ours loss, backward, clipping and AdamW. Memory
@@ -66,7 +67,9 @@ def resident(field: str) -> int:
 
 
 def prompts(problem: str) -> tuple[str, str]:
-    return opsdc.student_prompt(problem), opsdc.teacher_prompt(problem, INSTRUCTION)
+    """The student's and the teacher's, the latter as TRL's template makes it."""
+    student = opsdc.student_prompt(problem)
+    return student, f"{INSTRUCTION}\n\n{student}"
 
 
 def run_trl(model: Path, count: int, length: int, steps: int) -> Watch:
@@ -83,12 +86,15 @@ def run_trl(model: Path, count: int, length: int, steps: int) -> Watch:
             return loss
 
     rows = [
-        {"prompt": [{"role": "user", "content": student}], "privileged_context": teacher}
-        for student, teacher in map(prompts, PROBLEMS[:count])
+        {
+            "prompt": [{"role": "user", "content": opsdc.student_prompt(problem)}],
+            "privileged_context": INSTRUCTION,
+        }
+        for problem in PROBLEMS[:count]
     ]
     settings = SDFTConfig(
         output_dir=tempfile.mkdtemp(),
-        teacher_prompt_template="{privileged_context}",
+        teacher_prompt_template="{privileged_context}\n\n{prompt}",
         teacher_model_kind="ema",
         teacher_update_rate=1.0,
         teacher_sync_steps=50,
@@ -129,7 +135,7 @@ def run_opsdc(model: Path, count: int, length: int, steps: int) -> Watch:
     teacher.requires_grad_(False)
     student.activation_checkpointing_enable()
     student.train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, weight_decay=0.01)
+    optimizer = opsdc.MasterAdamW(student, opsdc.Config()) if steps > 1 else None
     texts = zip(*map(prompts, PROBLEMS[:count]), strict=True)
     encoded = [opsdc.encode_chat(tokenizer, list(side)) for side in texts]
     rollouts = completions(count, length, student.config.vocab_size)
@@ -138,12 +144,10 @@ def run_opsdc(model: Path, count: int, length: int, steps: int) -> Watch:
         watch.on_step_begin()
         loss, _ = opsdc.distillation_loss(student, teacher, *encoded, rollouts, "reverse_kl", count)
         loss.backward()
-        if steps > 1:
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        if optimizer:
             optimizer.step()
         else:
             watch.on_pre_optimizer_step(model=student)
-        optimizer.zero_grad()
         watch.on_step_end()
         watch.loss = loss.item()
     return watch
