@@ -64,7 +64,7 @@ BENCHMARKS = {  # hub id, split
     "aime24": ("HuggingFaceH4/aime_2024", "train"),
     "aime25": ("math-ai/aime25", "test"),
 }
-GRADERS = ("dual", "answer_only", "boxed_only", "final")
+GRADERS = ("final", "dual", "answer_only", "boxed_only")  # in the order of the report
 
 # The paper, version 2: accuracy in % by the dual grader / mean tokens; 8 samples, 30,000 tokens.
 PAPER = {
@@ -134,6 +134,8 @@ def load_benchmarks(settings: Settings) -> dict[str, list[dict]]:
     sources = {Path(file).stem: file for file in settings.data} or {
         name: BENCHMARKS.get(name) for name in settings.benchmarks
     }
+    if len(sources) < len(settings.data):
+        raise ValueError("--data has two files of the same name, which tells benchmarks apart")
     loaded = {}
     for name, source in sources.items():
         if source is None:
@@ -443,17 +445,19 @@ def weights_of(model: str) -> list:
 # ---- Report --------------------------------------------------------------------------------------
 
 
-def mean_and_interval(rows: list[dict], name: str) -> tuple[float, float]:
+def mean_and_interval(rows: list[dict], name: str) -> tuple[float, float | None]:
     """Mean over samples, and 1.96 standard errors of it: half of a 95% interval.
 
-    Samples of one problem are alike, so it is the problems' means that count as independent draws.
+    Samples of one problem are alike, so it is the problems' means that count as independent draws;
+    of a single problem there is no interval.
     """
     by_problem = defaultdict(list)
     for row in rows:
         by_problem[row["id"]].append(row[name])
     means = [statistics.fmean(values) for values in by_problem.values()]
-    error = statistics.stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.nan
-    return statistics.fmean(means), 1.96 * error
+    if len(means) < 2:
+        return statistics.fmean(means), None
+    return statistics.fmean(means), 1.96 * statistics.stdev(means) / math.sqrt(len(means))
 
 
 def summarize(
@@ -548,10 +552,11 @@ def markdown(summary: list[dict], settings: Settings) -> str:
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         for row in part:
-            scores = [
-                f"{100 * row['accuracy'][grader]:.1f} ± {100 * row['interval'][grader]:.1f}"
-                for grader in ("final", "dual", "answer_only", "boxed_only")
-            ]
+            scores = []
+            for grader in GRADERS:
+                half = row["interval"][grader]
+                spread = "" if half is None else f" ± {100 * half:.1f}"
+                scores.append(f"{100 * row['accuracy'][grader]:.1f}{spread}")
             lines.append(
                 f"| {row['model']} | {row['prompt']} | {' | '.join(scores)} | {row['tokens']:,.1f} "
                 f"| {row['reduction']:.1%} | {row['truncated']:.1%} |"
@@ -627,7 +632,8 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
     bar = tqdm(total=work // RANKS, initial=len(done) // RANKS, unit="sample", disable=RANK > 0)
     grader, start, tokens = Grader(), time.perf_counter(), 0
     batches = (generate(*candidate, benchmarks, settings, done) for candidate in candidates)
-    for batch in [[r] for r in written if key(r) not in done] if responses else chain(*batches):
+    ungraded = ([row] for row in written[RANK::RANKS] if key(row) not in done)
+    for batch in ungraded if responses else chain(*batches):
         verdicts = grader.grade_all(
             (row["response"], answers[row["benchmark"], row["id"]], row.pop("thinking_opened"))
             for row in batch

@@ -343,9 +343,12 @@ def project(hidden: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> torc
     Student and teacher are nearly equal: logits rounded to bf16 would bury their divergence.
     """
     out = out[: len(hidden)]
+    if hidden.dtype == torch.float32:
+        return torch.mm(hidden, head.T, out=out)
     if hidden.is_cuda:  # bf16 operands, fp32 sums and output
         return torch.mm(hidden, head.T, out_dtype=torch.float32, out=out)
-    return torch.mm(hidden.float(), head.float().T, out=out)
+    rounded = hidden @ head.T  # a CPU rounds the sums to bf16; the second product is what that lost
+    return out.copy_(rounded).add_(torch.addmm(rounded, hidden, head.T, beta=-1))
 
 
 class LinearDivergence(torch.autograd.Function):

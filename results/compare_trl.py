@@ -164,7 +164,7 @@ def parity() -> None:
 
 
 def cost(side: str | None) -> None:
-    """Without a side, both in processes of their own, three times in turn, and their medians."""
+    """Without a side, both, one after the other in processes of their own, and their ratios."""
     if side:
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as directory:
@@ -179,20 +179,15 @@ def cost(side: str | None) -> None:
             watch = run(Path(directory), count=2, length=1024, steps=2)
         print("result", watch.seconds, watch.megabytes)
         return
-    figures = {"trl": [], "opsdc": []}
-    for _ in range(3):
-        for name, runs in figures.items():
-            command = [sys.executable, __file__, "cost", name]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            runs.append([float(x) for x in output.split("result")[1].split()])
-    medians = {
-        name: [sorted(figure)[1] for figure in zip(*runs, strict=True)]
-        for name, runs in figures.items()
-    }
-    print("| | seconds | opsdc is | MB | opsdc takes |\n| --- | --- | --- | --- | --- |")
-    for name, (seconds, memory) in medians.items():
-        speed, share = seconds / medians["opsdc"][0], medians["opsdc"][1] / memory
-        print(f"| {name} | {seconds:.1f} | {speed:.2f} x as fast | {memory:.0f} | {share:.2f} x |")
+    figures = {}
+    for name in ("opsdc", "trl"):
+        command = [sys.executable, __file__, "cost", name]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        figures[name] = [float(x) for x in output.split("result")[1].split()]
+    print("| | seconds | x opsdc | MB | x opsdc |\n| --- | --- | --- | --- | --- |")
+    for name, (seconds, memory) in figures.items():
+        slower, larger = seconds / figures["opsdc"][0], memory / figures["opsdc"][1]
+        print(f"| {name} | {seconds:.1f} | {slower:.2f} | {memory:.0f} | {larger:.1f} |")
 
 
 if __name__ == "__main__":

@@ -60,9 +60,7 @@ def gigabytes(size: str, gpus: int, offload: bool, rows: int) -> dict[str, float
 
 
 def main() -> None:
-    print(
-        "| Qwen3 | GPUs | optimizer | rows | weights | optimizer | rollout | update | peak | fits |"
-    )
+    print("| Qwen3 | GPUs | AdamW on | rows | weights | AdamW | rollout | update | peak | fits |")
     print("| --- |" + " --- |" * 9)
     for size, gpus, memory in SETTINGS:
         choices = [(o, rows) for o in (False, True) for rows in (32, 16, 8, 4, 2, 1)]
