@@ -122,17 +122,11 @@ class Config:
 
 # ---- Prompts: the paper's, verbatim --------------------------------------------------------------
 
-ANSWER_FORMAT = (
-    "The last line of your response should be of the form Answer: $Answer (without quotes) where "
-    "$Answer is the answer to the problem."
-)
-STUDENT_PROMPT = (
-    f"Solve the following math problem step by step. {ANSWER_FORMAT}\n\n"
-    '{problem}\n\nRemember to put your answer on its own line after "Answer:".'
-)
-TEACHER_PROMPT = (
-    f"{{instruction}}\n\n{ANSWER_FORMAT}\n\n"
-    '{problem}\n\nRemember to put your answer on its own line after "Answer:".'
+TASK = "Solve the following math problem step by step."  # in its place the teacher has c
+PROMPT = (
+    "{opening}The last line of your response should be of the form Answer: $Answer (without "
+    "quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
+    'Remember to put your answer on its own line after "Answer:".'
 )
 INSTRUCTIONS = {
     "v1": "Solve the following math problem concisely and correctly. Be direct: avoid unnecessary "
@@ -167,12 +161,12 @@ def instruction_text(instruction: str) -> str:
 
 def student_prompt(problem: str) -> str:
     """x in the paper's words: DAPO-Math's prompt."""
-    return STUDENT_PROMPT.replace("{problem}", problem)
+    return PROMPT.format(opening=f"{TASK} ", problem=problem)
 
 
 def teacher_prompt(problem: str, instruction: str) -> str:
     """(x, c) in the paper's words: the text c in the place of the first sentence."""
-    return TEACHER_PROMPT.replace("{instruction}", instruction).replace("{problem}", problem)
+    return PROMPT.format(opening=f"{instruction}\n\n", problem=problem)
 
 
 def encode_chat(tokenizer: Tokenizer, prompts: list[str]) -> list[Ids]:
@@ -219,7 +213,7 @@ def load_problems(source: str) -> list[str]:
     if column is None:
         raise ValueError(f"{source} has columns {rows.column_names}; none is problem or prompt")
     texts = [cell if isinstance(cell, str) else cell[-1]["content"] for cell in rows[column]]
-    prefix, suffix = STUDENT_PROMPT.split("{problem}")
+    prefix, suffix = student_prompt("\0").split("\0")
     problems = [text.removeprefix(prefix).removesuffix(suffix) for text in texts]
     return [problem for problem in problems if fingerprint(problem) not in IN_MATH500]
 
@@ -589,6 +583,7 @@ def train(config: Config) -> None:
     stop_ids = student.generation_config.eos_token_id
     if RANK == 0:
         print(f"{len(fits)} problems, {len(problems) - len(fits)} with too long prompts left out")
+        print(f"{done} of {config.steps} steps are done")
         output_dir.mkdir(parents=True, exist_ok=True)
         log.write_text("".join(log.read_text().splitlines(True)[:done]) if done else "")
     batch_of = itertools.islice(batches(fits, config.batch_size, config.seed), done, None)
