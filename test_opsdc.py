@@ -486,7 +486,7 @@ def outcome(output_dir):
 
 def test_two_ranks_equal_one_process(tmp_path):
     """The same batch of 8, greedy by a tiny top_p: samples would differ between the ranks."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29512"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     results = []
     for name, start in (("one", []), ("two", launcher)):
         command = [sys.executable, *start, "opsdc.py", *SMALL_RUN, "--steps=4", "--top_p=1e-6"]
@@ -788,7 +788,7 @@ def test_a_killed_evaluation_ends_as_one_that_ran_through(toy_evaluation, tmp_pa
 
 def test_ranks_share_the_work_and_other_settings_are_refused(toy_evaluation, tmp_path):
     output_dir = tmp_path / "ranks"
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     process = evaluate_toy(output_dir, launcher=launcher)
     _, stderr = process.communicate()
     assert process.returncode == 0, stderr

@@ -6,12 +6,14 @@ evidence about Qwen3 or any other model.
 
 Problems ask for the last digit of a sum of 2 to 6 digits; the number of summands is the level.
 Behind the student's prompt a trace narrates, restates, re-checks and starts over. Behind the
-instruction v1 it does all of this less often; v2 is v1 with a check kept on harder problems. Much
-of what is superfluous does not grow with the sum, so short sums carry more of it. Every line of
-numbers slips with the same probability in every style (its first digit is one too high) and the
+instruction v1 it does all of this less often; v2 lies between and keeps a check on harder problems.
+Much of what is superfluous does not grow with the sum, so short sums carry more of it. Every line
+of numbers slips with the same probability in every style (its first digit is one too high) and the
 next builds on it: accuracy can differ between styles only because length does.
 
     python toy/make_toy.py          # rewrites toy/ from a seed; 15 minutes on 2 busy cores
+
+The two files of arguments beside it, args and eval, are written by hand.
 """
 
 import argparse
