@@ -520,6 +520,11 @@ def save(student: Model, teacher: Model, tokenizer: Tokenizer, config: Config, t
     (to / "run.json").write_text(json.dumps(run, indent=2) + "\n")
 
 
+# When resuming. The rest decides what is learned, this how long, how fast and where it is kept.
+MAY_CHANGE = {"output_dir", "steps", "save_every", "offload", "resume"}
+MAY_CHANGE |= {"micro_batch_size", "rollout_batch_size"}
+
+
 def begin(config: Config) -> tuple[Model, Model, MasterAdamW, int]:
     """Student, teacher, optimizer, and how many steps they have done.
 
@@ -538,7 +543,7 @@ def begin(config: Config) -> tuple[Model, Model, MasterAdamW, int]:
             readable = 0
         if all_sum(torch.tensor(readable, device=DEVICE)) < RANKS:
             continue
-        for name in before.keys() - {"output_dir", "steps", "save_every", "offload", "resume"}:
+        for name in before.keys() - MAY_CHANGE:
             if before[name] != getattr(config, name):
                 raise ValueError(f"{directory} was made with --{name} {before[name]}")
         optimizer = MasterAdamW(student, config)
