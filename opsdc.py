@@ -320,7 +320,7 @@ def divergence(
     if kind == "forward_kl":
         return (p * (teacher_logps - student_logps)).sum(-1), q - p
     if kind == "reverse_kl":
-        g, rest = student_logps - teacher_logps, 0
+        g, rest = student_logps - teacher_logps, 0  # the log-ratio of Eq. (1)
     else:
         mixture_logps = torch.logaddexp(student_logps, teacher_logps) - math.log(2)
         g, rest = (
@@ -381,7 +381,7 @@ class LinearDivergence(torch.autograd.Function):
             grad_head.addmm_(grad_logits.T, student_states[rows])
         ctx.save_for_backward(grad_states, grad_head)
         ctx.mark_non_differentiable(statistics)
-        return statistics[0] @ weights, statistics
+        return statistics[0] @ weights, statistics  # Eq. (1), with the weights of Algorithm 1
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -435,7 +435,7 @@ class MasterAdamW:
 
     Every rank holds all weights. Each weight has one owner, which keeps its master, gradient and
     moments, on its GPU or (--offload) in host memory. Backward hands every gradient to its owner,
-    summed over the ranks, as soon as it is ready: there they add up in fp32, and nobody holds all.
+    summed over the ranks, as soon as it is ready: there they add up in fp32.
     """
 
     def __init__(self, model: Model, config: Config) -> None:
@@ -564,6 +564,8 @@ def train(config: Config) -> None:
     log = output_dir / "metrics.jsonl"
     if log.exists() and not config.resume:
         raise ValueError(f"{output_dir} holds a run: --resume it or choose another --output_dir")
+    if (output_dir / "run.json").exists():  # the last file that a run writes
+        raise ValueError(f"{output_dir} holds a finished run: choose another --output_dir")
     if config.batch_size % RANKS:
         raise ValueError(f"--batch_size {config.batch_size} can't be shared by {RANKS} processes")
     tokenizer = AutoTokenizer.from_pretrained(config.model)
@@ -590,7 +592,10 @@ def train(config: Config) -> None:
         print(f"{len(fits)} problems, {len(problems) - len(fits)} with too long prompts left out")
         print(f"{done} of {config.steps} steps are done")
         output_dir.mkdir(parents=True, exist_ok=True)
-        log.write_text("".join(log.read_text().splitlines(True)[:done]) if done else "")
+        rows = log.read_text().splitlines(True)[:done] if done else []
+        unfinished = output_dir / "unfinished-metrics"  # a kill leaves no half a log
+        unfinished.write_text("".join(rows))
+        unfinished.replace(log)
     batch_of = itertools.islice(batches(fits, config.batch_size, config.seed), done, None)
     steps = range(done + 1, config.steps + 1)
     bar = tqdm(steps, initial=done, total=config.steps, unit="step", disable=RANK > 0)

@@ -525,7 +525,10 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     newest = max(killed.glob("step-*"), key=lambda path: int(path.name[5:]))
     weights = newest / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    run = run_script(*options, f"--output_dir={killed}", "--resume")
+    resume = (f"--output_dir={killed}", "--resume")
+    other = run_script(*options, *resume, "--temperature=0.9")
+    assert other.returncode == 2 and "made with --temperature 1.0" in other.stderr
+    run = run_script(*options, *resume)
     assert run.returncode == 0 and f"{newest} can't be read and is passed over" in run.stderr
     (rows, weights), (expected_rows, expected_weights) = (
         outcome(killed),
@@ -533,8 +536,8 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     )
     assert rows == expected_rows and same(weights, expected_weights)
 
-    other = run_script(*options, f"--output_dir={killed}", "--resume", "--temperature=0.9")
-    assert other.returncode == 2 and "made with --temperature 1.0" in other.stderr
+    again = run_script(*options, *resume)
+    assert again.returncode == 2 and "holds a finished run" in again.stderr
     assert outcome(killed)[0] == expected_rows
 
 
