@@ -39,20 +39,23 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
-from datasets.exceptions import DatasetsError
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 from opsdc import (
-    DEVICE,
-    DTYPE,
     RANK,
     RANKS,
+    check_length,
+    check_texts,
     encode_chat,
     instruction_text,
+    json_rows,
+    load_model,
     load_rows,
+    load_tokenizer,
+    reading,
     rollout,
     sampling_settings,
     student_prompt,
@@ -109,7 +112,7 @@ class Settings:
     top_p: float = HfArg(default=0.95, help="of sampling")
     top_k: int = HfArg(default=20, help="of sampling; 0 is the whole vocabulary")
     max_new_tokens: int = HfArg(default=30_000, help="a response is cut here")
-    batch_size: int = HfArg(default=32, help="responses generated at once on a GPU")
+    batch_size: int = HfArg(default=8, help="responses generated at once on a GPU: memory")
     seed: int = HfArg(default=0, help="of sampling")
 
     def __post_init__(self) -> None:
@@ -129,7 +132,7 @@ class Settings:
 def load_benchmarks(settings: Settings) -> dict[str, list[dict]]:
     """The problems of each benchmark: dicts with id, problem, answer, level (None where unknown).
 
-    Raises ValueError for an unknown benchmark or a file without problems and answers.
+    Raises ValueError for an unknown benchmark, and for a row without a problem and an answer.
     """
     sources = {Path(file).stem: file for file in settings.data} or {
         name: BENCHMARKS.get(name) for name in settings.benchmarks
@@ -143,14 +146,17 @@ def load_benchmarks(settings: Settings) -> dict[str, list[dict]]:
         rows = load_rows(*source) if isinstance(source, tuple) else load_rows(source)
         if not {"problem", "answer"} <= set(rows.column_names):
             raise ValueError(f"{source} has columns {rows.column_names}, not problem and answer")
+        answers = ["" if answer is None else str(answer) for answer in rows["answer"]]
+        check_texts(name, "problem", rows["problem"])
+        check_texts(name, "answer", answers)
         loaded[name] = [
             {
                 "id": str(row.get("unique_id", row.get("id", i))),
                 "problem": row["problem"],
-                "answer": str(row["answer"]),
+                "answer": answer,
                 "level": row.get("level"),
             }
-            for i, row in enumerate(rows)
+            for i, (row, answer) in enumerate(zip(rows, answers, strict=True))
         ][: settings.limit or None]
         if len({row["id"] for row in loaded[name]}) < len(loaded[name]):
             raise ValueError(f"{source} gives several problems the same id")
@@ -319,6 +325,22 @@ class Grader:
 # ---- Samples -------------------------------------------------------------------------------------
 
 
+def ask(problem: dict, prompt: str) -> str:
+    """The user's turn: of a `prompt` that is "student", or the name or text of an instruction."""
+    if prompt == "student":
+        return student_prompt(problem["problem"])
+    return teacher_prompt(problem["problem"], instruction_text(prompt))
+
+
+def check(model_name: str, prompt: str, benchmarks: dict[str, list], settings: Settings) -> None:
+    """Opens a model before anything is sampled. Raises ValueError if it can't be evaluated."""
+    problems = [problem for part in benchmarks.values() for problem in part]
+    prompts = encode_chat(load_tokenizer(model_name), [ask(row, prompt) for row in problems])
+    model = load_model(model_name)
+    check_length(model, prompts, settings.max_new_tokens)
+    sampling_settings(model.generation_config)  # raises where nothing says when to stop
+
+
 def generate(
     model_name: str, prompt: str, benchmarks: dict[str, list[dict]], settings: Settings, done: set
 ) -> Iterator[list[dict]]:
@@ -326,8 +348,7 @@ def generate(
 
     A batch has the same problems and the same seed whenever it is sampled.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=DTYPE).to(DEVICE)
+    tokenizer, model = load_tokenizer(model_name), load_model(model_name)
     model.generation_config = sampling_settings(
         model.generation_config,
         temperature=settings.temperature,
@@ -348,13 +369,9 @@ def generate(
             ]
             if all(key(row) in done for row in rows):
                 continue
-            texts = [
-                student_prompt(problem["problem"])
-                if prompt == "student"
-                else teacher_prompt(problem["problem"], instruction_text(prompt))
-                for problem, _ in batches[number]
-            ]
-            prompts = encode_chat(tokenizer, texts)
+            prompts = encode_chat(
+                tokenizer, [ask(problem, prompt) for problem, _ in batches[number]]
+            )
             torch.manual_seed(settings.seed * 1_000_000 + number)
             for row, ids, completion in zip(rows, prompts, rollout(model, prompts), strict=True):
                 row["response"] = tokenizer.decode(completion, skip_special_tokens=True)
@@ -380,11 +397,13 @@ def read_responses(file: str, benchmarks: dict[str, list[dict]], settings: Setti
     if others:
         raise ValueError("--responses needs one benchmark: choose it with --benchmarks or --data")
     counts, rows = Counter(), []
-    for number, line in enumerate(open(file, encoding="utf-8"), 1):
-        row = json.loads(line)
-        lacks = [name for name in ("id", "response", "tokens", "finished") if name not in row]
-        if lacks:
-            raise ValueError(f"{file}, row {number} has no {', '.join(lacks)}")
+    fields = {"id": (str, int), "response": str, "tokens": int, "finished": bool}
+    with reading(file):
+        written = json_rows(file)
+    for number, row in enumerate(written, 1):
+        bad = [name for name, kind in fields.items() if not isinstance(row.get(name), kind)]
+        if bad:
+            raise ValueError(f"{file}, row {number} has no good {', '.join(bad)}")
         row["id"] = str(row["id"])
         place = {"model": file, "prompt": "as written", "benchmark": benchmark}
         rows.append({"thinking_opened": False} | row | place | {"sample": counts[row["id"]]})
@@ -600,10 +619,8 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
     candidates += [(file, "as written") for file in responses]
     if len(set(candidates)) < len(candidates):
         raise ValueError("the same model with the same prompt is named twice")
-    for model, prompt in zip(models, prompts, strict=False):
-        AutoTokenizer.from_pretrained(model)
-        if prompt != "student":
-            instruction_text(prompt)
+    for candidate in zip(models, prompts, strict=False):
+        check(*candidate, benchmarks, settings)
     written = [row for file in responses for row in read_responses(file, benchmarks, settings)]
 
     if RANKS > 1:  # no time limit worth the name: a rank may have hours more to do than another
@@ -629,22 +646,24 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
         for problem in problems
     }
     work = len(candidates) * len(answers) * settings.samples
-    bar = tqdm(total=work // RANKS, initial=len(done) // RANKS, unit="sample", disable=RANK > 0)
-    grader, start, tokens = Grader(), time.perf_counter(), 0
+    grader = Grader(workers=max(1, min(8, os.cpu_count() // RANKS)))
+    start, tokens = time.perf_counter(), 0
     batches = (generate(*candidate, benchmarks, settings, done) for candidate in candidates)
     ungraded = ([row] for row in written[RANK::RANKS] if key(row) not in done)
-    for batch in ungraded if responses else chain(*batches):
-        verdicts = grader.grade_all(
-            (row["response"], answers[row["benchmark"], row["id"]], row.pop("thinking_opened"))
-            for row in batch
-        )
-        rows = [row | verdict for row, verdict in zip(batch, verdicts, strict=True)]
-        with records.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        tokens += sum(row["tokens"] for row in rows)
-        bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
-        bar.update(len(rows))
-    bar.close()
+    with tqdm(
+        total=work // RANKS, initial=len(done) // RANKS, unit="sample", disable=RANK > 0
+    ) as bar:
+        for batch in ungraded if responses else chain(*batches):
+            verdicts = grader.grade_all(
+                (row["response"], answers[row["benchmark"], row["id"]], row.pop("thinking_opened"))
+                for row in batch
+            )
+            rows = [row | verdict for row, verdict in zip(batch, verdicts, strict=True)]
+            with records.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            tokens += sum(row["tokens"] for row in rows)
+            bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
+            bar.update(len(rows))
     if RANKS > 1:
         torch.distributed.barrier()
     if RANK == 0:
@@ -666,9 +685,14 @@ def main() -> None:
     output_dir = Path(arguments.pop("output_dir"))
     try:
         evaluate(models, responses, output_dir, Settings(**arguments))
-    except (ValueError, OSError, DatasetsError) as error:
+    except (ValueError, OSError) as error:
         message = str(error).partition("\n")[0]
         parser.exit(2, f"eval.py: error: {message}\n")
+    except torch.OutOfMemoryError:
+        lower = "lower --batch_size, on which samples depend, and choose another --output_dir"
+        parser.exit(1, f"eval.py: out of GPU memory: {lower}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "eval.py: interrupted; the same command goes on where it stopped\n")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ Departures, where the paper and its code disagree or a baseline needs more care 
     python opsdc.py --model Qwen/Qwen3-8B     # the paper's setting
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -44,10 +45,12 @@ import math
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -57,8 +60,8 @@ import torch.distributed as dist
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
-from transformers.hf_argparser import HfArg
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 # torchrun says which of how many processes this is; without it there is one.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -68,6 +71,7 @@ DTYPE = torch.bfloat16 if CUDA else torch.float32  # of weights and activations
 OPTIMIZER_FILE = f"optimizer-{RANK}-of-{RANKS}.pt"
 
 Ids = list[int]  # of tokens
+Floats = list[float]  # nats, one a token
 Model, Tokenizer = transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase
 
 
@@ -109,9 +113,10 @@ class Config:
         for names, valid, wish in (
             ("steps batch_size micro_batch_size rollout_batch_size", lambda v: v > 0, "at least 1"),
             ("max_prompt_tokens max_new_tokens", lambda v: v > 0, "at least 1"),
-            ("refresh_every weight_decay save_every seed", lambda v: v >= 0, "0 or more"),
-            ("temperature learning_rate max_grad_norm", lambda v: v > 0, "more than 0"),
-            ("top_p", lambda v: 0 < v <= 1, "more than 0 and at most 1"),
+            ("refresh_every weight_decay save_every", lambda v: v >= 0, "0 or more"),
+            ("temperature max_grad_norm", lambda v: v > 0, "more than 0"),
+            ("top_p learning_rate", lambda v: 0 < v <= 1, "more than 0 and at most 1"),
+            ("seed", lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1"),
         ):
             for name in names.split():
                 value = getattr(self, name)
@@ -183,7 +188,40 @@ def encode_chat(tokenizer: Tokenizer, prompts: list[str]) -> list[Ids]:
     )
 
 
-# ---- Data: problems, never answers ---------------------------------------------------------------
+# ---- Reading: models, and problems, never answers ------------------------------------------------
+
+
+@contextlib.contextmanager
+def reading(source: str | Path) -> Iterator[None]:
+    """Turns whatever a library raises over a bad source into a ValueError of one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+            error = error.__cause__  # itself it says only that it happened
+        line = str(error).partition("\n")[0]
+        raise ValueError(f"{source} can't be read: {line}") from error
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """A model's tokenizer. Raises ValueError unless it fits the model and has a chat template."""
+    with reading(name):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        vocabulary = config.get_text_config().vocab_size
+        if len(tokenizer) > vocabulary or not all(encode_chat(tokenizer, ["1 + 1"])):
+            raise ValueError(f"{len(tokenizer)} tokens in its tokenizer, {vocabulary} in its model")
+    return tokenizer
+
+
+def load_model(name: str | Path) -> Model:
+    """A causal language model, in bf16 on a GPU and in fp32 on a CPU. Raises ValueError."""
+    with reading(name):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPE, trust_remote_code=False)
+    return model.to(DEVICE)
+
 
 # The four problems that DAPO-Math shares with MATH-500, as `fingerprint` has them.
 IN_MATH500 = {"3361691622c4f773", "4384ad9cb9175c9f", "69c249395bcf1d7d", "f680069cf8b5a5ad"}
@@ -194,25 +232,56 @@ def fingerprint(problem: str) -> str:
     return hashlib.sha256("".join(problem.split()).encode()).hexdigest()[:16]
 
 
+def json_rows(file: str) -> list[dict]:
+    """The rows of a .jsonl file. Raises ValueError that names the first that is no JSON object."""
+    rows = []
+    for number, line in enumerate(open(file, encoding="utf-8"), 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is no JSON object")
+        rows += [row] if row else []
+    return rows
+
+
+def check_texts(source: str, column: str, cells: list) -> None:
+    """Raises ValueError that names the first row without a text."""
+    for number, cell in enumerate(cells, 1):
+        if not (isinstance(cell, str) and cell.strip()):
+            raise ValueError(f"{source}, row {number}: the {column} is {cell!r}, not a text")
+
+
 def load_rows(source: str, split: str = "train") -> datasets.Dataset:
-    """Rows of a .jsonl, .json or .parquet file, or of the split of a hub dataset."""
+    """Rows of a .jsonl, .json or .parquet file, or of the split of a hub dataset.
+
+    Raises ValueError if there are none to be read.
+    """
     builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    if builder := builders.get(Path(source).suffix):
-        return datasets.load_dataset(builder, data_files=source, split="train")
-    return datasets.load_dataset(source, split=split)
+    with reading(source):
+        suffix = Path(source).suffix
+        if suffix == ".jsonl" and not json_rows(source):
+            raise ValueError("it has no rows")
+        if builder := builders.get(suffix):
+            return datasets.load_dataset(builder, data_files=source, split="train")
+        return datasets.load_dataset(source, split=split)
 
 
 def load_problems(source: str) -> list[str]:
     """Problems of a hub dataset or a file, without the wrapper that DAPO-Math has around them.
 
     Reads the column `problem`, `question` or `prompt`: texts, or chats whose last message is read.
-    Raises ValueError if there is none.
+    Raises ValueError if there is none, or a row without text in it.
     """
     rows = load_rows(source)
     column = next((c for c in ("problem", "question", "prompt") if c in rows.column_names), None)
     if column is None:
-        raise ValueError(f"{source} has columns {rows.column_names}; none is problem or prompt")
-    texts = [cell if isinstance(cell, str) else cell[-1]["content"] for cell in rows[column]]
+        wanted = "problem, question or prompt"
+        raise ValueError(f"{source} has columns {rows.column_names}, none of them {wanted}")
+    with reading(source):
+        texts = [c[-1]["content"] if c and isinstance(c, list) else c for c in rows[column]]
+    check_texts(source, column, texts)
     prefix, suffix = student_prompt("\0").split("\0")
     problems = [text.removeprefix(prefix).removesuffix(suffix) for text in texts]
     return [problem for problem in problems if fingerprint(problem) not in IN_MATH500]
@@ -240,7 +309,11 @@ def sampling_settings(shipped: GenerationConfig, **sampling: float) -> Generatio
         raise ValueError("the model's generation_config.json names no eos_token_id to stop at")
     stop_ids = torch.tensor(shipped.eos_token_id).view(-1).tolist()  # from one id or a list
     return GenerationConfig(
-        do_sample=True, eos_token_id=stop_ids, pad_token_id=stop_ids[0], **sampling
+        do_sample=True,
+        eos_token_id=stop_ids,
+        pad_token_id=stop_ids[0],
+        remove_invalid_values=True,  # of a broken model, whose updates are then skipped and counted
+        **sampling,
     )
 
 
@@ -359,7 +432,8 @@ class LinearDivergence(torch.autograd.Function):
         chunk, block = max(1, CHUNK[device] // vocabulary), max(1, BLOCK[device] // vocabulary)
         q_logits, p_logits = weights.new_empty(2, min(chunk, len(weights)), vocabulary)
         statistics = weights.new_empty(3, len(weights))
-        grad_states, grad_head = torch.empty_like(student_states), torch.zeros_like(student_head)
+        grad_states = torch.empty_like(student_states)
+        grad_head = torch.zeros_like(student_head, dtype=torch.float32)  # adds up over the chunks
         for start in range(0, len(weights), chunk):
             rows = slice(start, start + chunk)
             q_chunk = project(student_states[rows], student_head, q_logits)  # (chunk, V)
@@ -376,10 +450,9 @@ class LinearDivergence(torch.autograd.Function):
                 statistic[1] = -(student_logps.exp() * student_logps).sum(-1)
                 statistic[2] = -(teacher_logps.exp() * teacher_logps).sum(-1)
                 torch.mul(gradient, weight[:, None], out=q_block)
-            grad_logits = q_chunk.to(student_head.dtype)
-            torch.mm(grad_logits, student_head, out=grad_states[rows])
-            grad_head.addmm_(grad_logits.T, student_states[rows])
-        ctx.save_for_backward(grad_states, grad_head)
+            torch.mm(q_chunk.to(student_head.dtype), student_head, out=grad_states[rows])
+            grad_head.addmm_(q_chunk.T, student_states[rows].float())
+        ctx.save_for_backward(grad_states, grad_head.to(student_head.dtype))
         ctx.mark_non_differentiable(statistics)
         return statistics[0] @ weights, statistics  # Eq. (1), with the weights of Algorithm 1
 
@@ -398,11 +471,12 @@ def distillation_loss(
     completions: list[Ids],
     kind: str,
     batch_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, list[Floats]]:
     """What these completions add to 1/B sum_i 1/|y_i| sum_t D(q_t, p_t), B = batch_size; in nats.
 
     Micro-batches add up, loss and gradient, to the batch's. Returns the loss, and without gradient
-    (3,) the same means of divergence, student entropy and teacher entropy.
+    (3,) the same means of divergence, student entropy and teacher entropy, and every completion's
+    divergences token by token.
     """
     student_states = completion_states(student, student_prompts, completions)  # (T, H)
     with torch.no_grad():
@@ -417,7 +491,8 @@ def distillation_loss(
         weights,
         kind,
     )
-    return loss, statistics @ weights
+    by_completion = statistics[0].split([len(y) for y in completions])
+    return loss, statistics @ weights, [divergences.tolist() for divergences in by_completion]
 
 
 # ---- Optimizer: fp32 behind bf16 weights, shared out over the ranks ------------------------------
@@ -428,6 +503,11 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     if RANKS > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def wait() -> None:
+    """Until all ranks are here."""
+    all_sum(torch.zeros(1, device=DEVICE)).item()
 
 
 class MasterAdamW:
@@ -469,12 +549,16 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self) -> float:
-        """Clips, updates the masters, rounds them into the weights; returns the norm unclipped."""
+        """Clips, updates the masters, rounds them into the weights; returns the norm unclipped.
+
+        Nothing is updated if that is not finite.
+        """
         masters = list(self.masters.values())
         norm = torch.nn.utils.get_total_norm([master.grad for master in masters])
         norm = all_sum(norm.to(DEVICE) ** 2).sqrt()
-        torch.nn.utils.clip_grads_with_norm_(masters, self.max_norm, norm)
-        self.adamw.step()
+        if norm.isfinite():
+            torch.nn.utils.clip_grads_with_norm_(masters, self.max_norm, norm)
+            self.adamw.step()
         self.adamw.zero_grad(set_to_none=False)
         for weight in self.weights:
             if weight in self.masters:
@@ -493,21 +577,7 @@ class MasterAdamW:
         self.adamw.load_state_dict(state["adamw"])
 
 
-# ---- Models and checkpoints ----------------------------------------------------------------------
-
-
-def load_model(name: str | Path) -> Model:
-    """A causal language model, in bf16 on a GPU and in fp32 on a CPU.
-
-    Raises OSError if it is not there, ValueError if its logits are not just states times head.
-    """
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPE).to(DEVICE)
-    ids, head = torch.arange(8, device=DEVICE)[None], model.get_output_embeddings().weight
-    with torch.no_grad():
-        logits, product = model(ids).logits, model.base_model(ids)[0] @ head.T
-    if (logits - product).abs().max() > 0.02 * logits.abs().max():
-        raise ValueError(f"{name} scales, caps or shifts its logits; the loss here does not")
-    return model
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 
 def save(student: Model, teacher: Model, tokenizer: Tokenizer, config: Config, to: Path) -> None:
@@ -518,6 +588,42 @@ def save(student: Model, teacher: Model, tokenizer: Tokenizer, config: Config, t
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
     run = {"config": asdict(config), "versions": versions | {"python": platform.python_version()}}
     (to / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def saving(to: Path, config: Config) -> Iterator[Path]:
+    """Gives a directory for what is unfinished. Raises SystemExit if `to` can't be written."""
+    unfinished = Path(config.output_dir, "unfinished")
+    try:
+        yield unfinished
+    except Exception as error:  # of a full disk, mostly, for which each library has its own
+        shutil.rmtree(unfinished, ignore_errors=True)
+        message = f"{to} can't be written ({error}); what was saved before is untouched"
+        raise SystemExit(f"opsdc.py: {message}: make room and go on with --resume") from error
+
+
+def checkpoint(
+    student: Model,
+    teacher: Model,
+    tokenizer: Tokenizer,
+    optimizer: MasterAdamW,
+    config: Config,
+    step: int,
+) -> None:
+    """Saves all that --resume needs in step-N. What has this name is complete."""
+    finished = Path(config.output_dir, f"step-{step}")
+    with saving(finished, config) as unfinished:
+        if RANK == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            save(student, teacher, tokenizer, config, unfinished)
+            teacher.save_pretrained(unfinished / "teacher")
+        wait()  # the directory is there
+        torch.save(optimizer.state_dict(), unfinished / OPTIMIZER_FILE)
+        wait()  # all have written
+        if RANK == 0:
+            shutil.rmtree(finished, ignore_errors=True)  # a damaged one
+            unfinished.rename(finished)
+        wait()  # no rank ends before
 
 
 # When resuming. The rest decides what is learned, this how long, how fast and where it is kept.
@@ -531,16 +637,19 @@ def begin(config: Config) -> tuple[Model, Model, MasterAdamW, int]:
     That is none, or with --resume what the newest checkpoint holds that can be read. Raises
     ValueError if none of them can, or if it is of a run with another configuration.
     """
-    found = sorted(Path(config.output_dir).glob("step-*"), key=lambda d: -int(d.name[5:]))
-    for directory in found if config.resume else []:
+    found = [d for d in Path(config.output_dir).glob("step-*") if d.name[5:].isdecimal()]
+    found = sorted(found, key=lambda d: -int(d.name[5:])) if config.resume else []
+    for directory in found:
+        readable = 0
         try:
+            with reading(directory):
+                before = json.loads((directory / "run.json").read_text())["config"]
+                options = {"map_location": "cpu", "mmap": True, "weights_only": True}
+                saved = torch.load(directory / OPTIMIZER_FILE, **options)
             student, teacher = load_model(directory), load_model(directory / "teacher")
-            saved = torch.load(directory / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-            before = json.loads((directory / "run.json").read_text())["config"]
             readable = 1
-        except Exception as error:  # whatever a damaged file raises; the one before may do
-            print(f"{directory} can't be read and is passed over: {error}", file=sys.stderr)
-            readable = 0
+        except ValueError as error:  # the checkpoint before may be whole
+            print(f"passed over: {error}", file=sys.stderr)
         if all_sum(torch.tensor(readable, device=DEVICE)) < RANKS:
             continue
         for name in before.keys() - MAY_CHANGE:
@@ -549,35 +658,108 @@ def begin(config: Config) -> tuple[Model, Model, MasterAdamW, int]:
         optimizer = MasterAdamW(student, config)
         optimizer.load_state_dict(saved)
         return student, teacher, optimizer, int(directory.name[5:])
-    if found and config.resume:
-        raise ValueError(f"no checkpoint in {config.output_dir} can be read")
+    if found:
+        raise ValueError(f"{config.output_dir} has no checkpoint for {RANKS} rank(s) to go on from")
     student, teacher = load_model(config.model), load_model(config.model)  # theta_bar <- theta
+    ids, head = torch.arange(8, device=DEVICE)[None], student.get_output_embeddings().weight
+    with torch.no_grad():
+        logits, product = student(ids).logits, student.base_model(ids)[0] @ head.T
+    if (logits - product).abs().max() > 0.02 * logits.abs().max():
+        raise ValueError(f"{config.model} is no causal model whose logits are states times head")
     return student, teacher, MasterAdamW(student, config), 0
 
 
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def train(config: Config) -> None:
-    """Algorithm 1. Raises ValueError or OSError for bad input, before it writes anything."""
-    output_dir = Path(config.output_dir)
-    log = output_dir / "metrics.jsonl"
-    if log.exists() and not config.resume:
+def check_length(model: Model, prompts: list[Ids], max_new_tokens: int) -> None:
+    """Raises ValueError if a prompt and its completion can exceed the positions that model has."""
+    longest = max(map(len, prompts)) + max_new_tokens
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    if longest > positions:
+        name = model.name_or_path
+        raise ValueError(
+            f"prompt + --max_new_tokens is {longest}, but {name} has {positions} positions"
+        )
+
+
+def existing(directory: str) -> Path:
+    """The directory itself, or the nearest one above it that exists."""
+    path = Path(directory).absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def check_output(config: Config) -> None:
+    """Raises ValueError if output_dir holds another run or can't be written."""
+    output_dir, parent = Path(config.output_dir), existing(config.output_dir)
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ValueError(f"--output_dir {output_dir} can't be written: look at {parent}")
+    if (output_dir / "metrics.jsonl").exists() and not config.resume:
         raise ValueError(f"{output_dir} holds a run: --resume it or choose another --output_dir")
     if (output_dir / "run.json").exists():  # the last file that a run writes
         raise ValueError(f"{output_dir} holds a finished run: choose another --output_dir")
+
+
+def check_room(model: Model, config: Config, done: int) -> None:
+    """Raises ValueError if the disk lacks the room for all that this run will save."""
+    numbers, every = sum(weight.numel() for weight in model.parameters()), config.save_every
+    checkpoints = (config.steps - 1) // every - done // every if every else 0
+    models = 1 + 2 * checkpoints  # each checkpoint has the teacher too, and fp32 for AdamW
+    need = numbers * (models * DTYPE.itemsize + checkpoints * 3 * torch.float32.itemsize)
+    if need > (free := shutil.disk_usage(existing(config.output_dir)).free):
+        sizes = f"the run will save {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+        raise ValueError(f"--output_dir: {sizes}: raise --save_every or choose another")
+
+
+def start_log(config: Config, done: int) -> Path:
+    """metrics.jsonl, with the rows of the steps that are done and no more."""
+    log = Path(config.output_dir, "metrics.jsonl")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    rows = log.read_text().splitlines(True)[:done] if done else []
+    unfinished = log.with_name("unfinished-metrics")  # a kill leaves no half a log
+    unfinished.write_text("".join(rows))
+    return unfinished.replace(log)
+
+
+def keep_rollouts(
+    file: Path, tokenizer: Tokenizer, completions: list[Ids], divergences: list[Floats]
+) -> None:
+    """Keeps rollouts with the divergence of every token, in nats: what the teacher wants gone.
+
+    Prints the first one on a terminal, its tokens from white to red where the divergence is most.
+    """
+    rows = [
+        {"tokens": [tokenizer.decode([token]) for token in y], "divergence": divergence}
+        for y, divergence in zip(completions, divergences, strict=True)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if sys.stdout.isatty() and 0 < sum(divergences[0]) < math.inf:
+        most = max(divergences[0])
+        fades = [255 - round(255 * max(nats, 0) / most) for nats in divergences[0]]
+        tinted = zip(rows[0]["tokens"], fades, strict=True)
+        text = "".join(f"\033[30;48;2;255;{fade};{fade}m{token}" for token, fade in tinted)
+        tqdm.write(f"{text}\033[0m\n{file.stem}: from white, 0, to red, {most:.3f} nats")
+
+
+def train(config: Config) -> None:
+    """Algorithm 1. Raises ValueError for bad input, before it writes anything."""
+    check_output(config)
     if config.batch_size % RANKS:
         raise ValueError(f"--batch_size {config.batch_size} can't be shared by {RANKS} processes")
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = load_tokenizer(config.model)
     instruction = instruction_text(config.instruction)
     problems = load_problems(config.data)
     student_prompts = encode_chat(tokenizer, [student_prompt(x) for x in problems])
     teacher_prompts = encode_chat(tokenizer, [teacher_prompt(x, instruction) for x in problems])
     fits = [i for i, ids in enumerate(teacher_prompts) if len(ids) <= config.max_prompt_tokens]
     if len(fits) < config.batch_size:
-        raise ValueError(f"{len(fits)} problems of {config.data} do not make a batch")
-
+        found = f"{len(fits)} problems of {config.data} are within --max_prompt_tokens"
+        raise ValueError(f"{found}, too few for --batch_size {config.batch_size}")
     student, teacher, optimizer, done = begin(config)
+    fitting = [xs[i] for xs in (student_prompts, teacher_prompts) for i in fits]
+    check_length(student, fitting, config.max_new_tokens)
+    check_room(student, config, done)
+
     teacher.requires_grad_(False).eval()
     student.activation_checkpointing_enable()
     student.generation_config = sampling_settings(
@@ -591,105 +773,133 @@ def train(config: Config) -> None:
     if RANK == 0:
         print(f"{len(fits)} problems, {len(problems) - len(fits)} with too long prompts left out")
         print(f"{done} of {config.steps} steps are done")
-        output_dir.mkdir(parents=True, exist_ok=True)
-        rows = log.read_text().splitlines(True)[:done] if done else []
-        unfinished = output_dir / "unfinished-metrics"  # a kill leaves no half a log
-        unfinished.write_text("".join(rows))
-        unfinished.replace(log)
+        log = start_log(config, done)
+    skipped, signals = 0, []
+
+    def finish_step(number: int, _) -> None:
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
+
+    signal.signal(signal.SIGINT, finish_step)  # Ctrl-C
+    signal.signal(signal.SIGTERM, finish_step)
     batch_of = itertools.islice(batches(fits, config.batch_size, config.seed), done, None)
-    steps = range(done + 1, config.steps + 1)
-    bar = tqdm(steps, initial=done, total=config.steps, unit="step", disable=RANK > 0)
-    for step in bar:
-        # "if k mod M == 0: theta_bar <- theta"
-        refreshed = config.refresh_every > 0 and step % config.refresh_every == 0
-        if refreshed:
-            teacher.load_state_dict(student.state_dict())  # Eq. (2)
+    with tqdm(initial=done, total=config.steps, unit="step", disable=RANK > 0) as bar:
+        for step in range(done + 1, config.steps + 1):
+            # "if k mod M == 0: theta_bar <- theta"
+            refreshed = config.refresh_every > 0 and step % config.refresh_every == 0
+            if refreshed:
+                teacher.load_state_dict(student.state_dict())  # Eq. (2)
 
-        # "sample a batch of B problems", of which each rank takes its share
-        batch = next(batch_of)[RANK::RANKS]
+            # "sample a batch of B problems", of which each rank takes its share
+            batch = next(batch_of)[RANK::RANKS]
 
-        # "one rollout y_i of each from the student"
-        start = time.perf_counter()
-        torch.manual_seed((config.seed * 100_000 + step) * 1_000 + RANK)  # the same when resumed
-        completions = []
-        for first in range(0, len(batch), config.rollout_batch_size):
-            part = batch[first : first + config.rollout_batch_size]
-            completions += rollout(student, [student_prompts[i] for i in part])
-        rollout_seconds = time.perf_counter() - start
+            # "one rollout y_i of each from the student"
+            start = time.perf_counter()
+            seed = (config.seed * 100_000 + step) * 1_000 + RANK
+            torch.manual_seed(seed)  # the same when resumed
+            completions = []
+            for first in range(0, len(batch), config.rollout_batch_size):
+                part = batch[first : first + config.rollout_batch_size]
+                completions += rollout(student, [student_prompts[i] for i in part])
+            rollout_seconds = time.perf_counter() - start
 
-        # "student and teacher logits on the same y_i; L_i = sum_t KL(q_t || p_t)"
-        start = time.perf_counter()
-        student.train()
-        means = torch.zeros(3, device=DEVICE)
-        by_length = sorted(zip(completions, batch, strict=True), key=lambda pair: len(pair[0]))
-        for first in range(0, len(batch), config.micro_batch_size):
-            ys, micro_batch = zip(*by_length[first : first + config.micro_batch_size], strict=True)
-            loss, micro_means = distillation_loss(
-                student,
-                teacher,
-                [student_prompts[i] for i in micro_batch],
-                [teacher_prompts[i] for i in micro_batch],
-                ys,
-                config.divergence,
-                config.batch_size,
+            # "student and teacher logits on the same y_i; L_i = sum_t KL(q_t || p_t)"
+            start = time.perf_counter()
+            student.train()
+            means, divergences = torch.zeros(3, device=DEVICE), []
+            by_length = sorted(zip(completions, batch, strict=True), key=lambda pair: len(pair[0]))
+            for first in range(0, len(batch), config.micro_batch_size):
+                part = by_length[first : first + config.micro_batch_size]
+                ys, which = zip(*part, strict=True)
+                prompts = [[xs[i] for i in which] for xs in (student_prompts, teacher_prompts)]
+                micro_loss, micro_means, micro_divergences = distillation_loss(
+                    student, teacher, *prompts, ys, config.divergence, config.batch_size
+                )
+                micro_loss.backward()
+                means += micro_means
+                divergences += micro_divergences
+
+            # "one step on (1/B) sum_i L_i"
+            grad_norm = optimizer.step()
+            skipped = 0 if math.isfinite(grad_norm) else skipped + 1
+
+            cut = [y[-1] not in stop_ids for y in completions]
+            counts = [sum(map(len, completions)), sum(cut), len(signals)]
+            tokens, truncated, interrupted = all_sum(torch.tensor(counts, device=DEVICE)).tolist()
+            loss, student_entropy, teacher_entropy = all_sum(means).tolist()
+            metrics = {
+                "step": step,
+                "loss": loss,
+                "completion_tokens": tokens / config.batch_size,
+                "truncated": truncated / config.batch_size,
+                "student_entropy": student_entropy,
+                "teacher_entropy": teacher_entropy,
+                "grad_norm": grad_norm,
+                "skipped": skipped > 0,
+                "rollout_seconds": rollout_seconds,
+                "update_seconds": time.perf_counter() - start,
+                "tokens_per_second": tokens / rollout_seconds,
+                "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9,
+                "refreshed": refreshed,
+            }
+            bar.update()
+            bar.set_postfix_str(
+                f"{metrics['completion_tokens']:.0f} tokens, {metrics['truncated']:.0%} cut, "
+                f"loss {loss:.4f}, entropy {student_entropy:.2f}"
             )
-            loss.backward()
-            means += micro_means
-
-        # "one step on (1/B) sum_i L_i"
-        grad_norm = optimizer.step()
-
-        cut = sum(y[-1] not in stop_ids for y in completions)
-        counts = torch.tensor([sum(map(len, completions)), cut], device=DEVICE)
-        tokens, cut = all_sum(counts).tolist()
-        loss, student_entropy, teacher_entropy = all_sum(means).tolist()
-        metrics = {
-            "step": step,
-            "loss": loss,
-            "completion_tokens": tokens / config.batch_size,
-            "truncated": cut / config.batch_size,
-            "student_entropy": student_entropy,
-            "teacher_entropy": teacher_entropy,
-            "grad_norm": grad_norm,
-            "rollout_seconds": rollout_seconds,
-            "update_seconds": time.perf_counter() - start,
-            "tokens_per_second": tokens / rollout_seconds,
-            "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9,
-            "refreshed": refreshed,
-        }
-        bar.set_postfix(tokens=f"{metrics['completion_tokens']:.0f}", loss=f"{loss:.4f}")
-        if RANK == 0:
-            with log.open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
-        if config.save_every and step % config.save_every == 0 and step < config.steps:
-            unfinished = output_dir / f"unfinished-{step}"  # what is named step-N is complete
+            save_point = config.save_every > 0 and step % config.save_every == 0
             if RANK == 0:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                save(student, teacher, tokenizer, config, unfinished)
-                teacher.save_pretrained(unfinished / "teacher")
-            all_sum(torch.zeros(1, device=DEVICE))  # wait: the directory is there
-            torch.save(optimizer.state_dict(), unfinished / OPTIMIZER_FILE)
-            all_sum(torch.zeros(1, device=DEVICE))  # wait: all have written
-            if RANK == 0:
-                shutil.rmtree(output_dir / f"step-{step}", ignore_errors=True)  # a damaged one
-                unfinished.rename(output_dir / f"step-{step}")
+                with log.open("a") as file:
+                    file.write(json.dumps(metrics) + "\n")
+                if step == 1 or save_point or step == config.steps:
+                    some = slice(None, None, math.ceil(len(batch) / 4))  # <= 4, short to long
+                    kept = [y for y, _ in by_length[some]], divergences[some]
+                    keep_rollouts(log.with_name(f"rollouts-{step}.jsonl"), tokenizer, *kept)
+                if truncated == config.batch_size:
+                    bar.write(f"step {step}: every rollout was cut at --max_new_tokens", sys.stderr)
+            if skipped == 3:
+                raise SystemExit(
+                    "opsdc.py: three gradients in a row were not finite and their updates skipped: "
+                    "look at the model, or start from a checkpoint with a lower --learning_rate"
+                )
+            if step < config.steps and (save_point or interrupted):
+                checkpoint(student, teacher, tokenizer, optimizer, config, step)
+                if interrupted:
+                    raise KeyboardInterrupt(f"step {step} is saved, --resume goes on")
     if RANK == 0:
-        save(student, teacher, tokenizer, config, output_dir)
+        with saving(log.parent, config):
+            save(student, teacher, tokenizer, config, log.parent)
 
 
 def main() -> None:
     """Command line: a flag for each field of Config; @file reads flags from a file, one a line."""
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], fromfile_prefix_chars="@")
     arguments = parser.parse_args()
-    if CUDA:
-        torch.cuda.set_device(DEVICE)
-    if RANKS > 1:
-        dist.init_process_group("nccl" if CUDA else "gloo")
     try:
-        train(Config(**vars(arguments)))
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        config = Config(**vars(arguments))
+        if CUDA:
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                raise ValueError("this GPU has no bf16, which everything here is in on a GPU")
+            if DEVICE.index >= torch.cuda.device_count():
+                raise ValueError(
+                    f"rank {RANK} has no GPU: start {torch.cuda.device_count()} a node"
+                )
+            torch.cuda.set_device(DEVICE)
+            torch.set_float32_matmul_precision("high")  # TF32, for the gradient of the head
+        if RANKS > 1:
+            limit = timedelta(days=1)  # one rank's rollouts may take much longer than another's
+            dist.init_process_group("nccl" if CUDA else "gloo", timeout=limit)
+        train(config)
+    except (ValueError, OSError) as error:
         message = str(error).partition("\n")[0]
         parser.exit(2, f"opsdc.py: error: {message}\n")
+    except KeyboardInterrupt as interrupt:
+        parser.exit(130, f"opsdc.py: interrupted; {str(interrupt) or 'nothing was written'}\n")
+    except torch.OutOfMemoryError:
+        lower = (
+            "--rollout_batch_size if in a rollout, --micro_batch_size or --offload if in an update"
+        )
+        parser.exit(1, f"opsdc.py: out of GPU memory: lower {lower}; go on with --resume\n")
     if RANKS > 1:
         dist.destroy_process_group()
 

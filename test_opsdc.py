@@ -1,10 +1,17 @@
 """Tests of opsdc.py and eval.py, against what does not share their code. Run: pytest"""
 
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of fp32 on a CPU, wherever they run
+
 import dataclasses
+import itertools
 import json
 import math
 import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,11 +24,16 @@ from torch.distributions import Categorical, kl_divergence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertModel,
     GenerationConfig,
+    GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import eval as evaluation
@@ -67,6 +79,10 @@ def oracle_divergence(q_logits, p_logits, kind):
 def run_script(*arguments, script="opsdc.py", cwd=HERE):
     command = [sys.executable, str(HERE / script), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
 # ---- Prompts and data ----------------------------------------------------------------------------
@@ -273,14 +289,18 @@ def test_padded_batch_equals_one_unpadded_forward_each(tied, llama):
     """Algorithm 1 by the book: full logits of one sequence at a time, torch.distributions, mean of
     means. Id 0 is a real token here, although it also pads."""
     student, teacher = tiny_model(1, tied, llama), tiny_model(2, tied, llama)
-    loss, means = batch_loss(student, teacher, range(5))
+    loss, means, divergences = batch_loss(student, teacher, range(5))
     gradients = gradients_of(student, loss)
     expected = []
     for x, x_c, y in zip(STUDENT_PROMPTS, TEACHER_PROMPTS, COMPLETIONS, strict=True):
         q = Categorical(logits=student(torch.tensor([x + y])).logits[0, len(x) - 1 : -1])
         with torch.no_grad():
             p = Categorical(logits=teacher(torch.tensor([x_c + y])).logits[0, len(x_c) - 1 : -1])
-        means_of_y = [kl_divergence(q, p).mean(), q.entropy().mean(), p.entropy().mean()]
+        kl = kl_divergence(q, p)
+        torch.testing.assert_close(
+            torch.tensor(divergences[len(expected)]), kl.detach(), atol=1e-5, rtol=1e-5
+        )
+        means_of_y = [kl.mean(), q.entropy().mean(), p.entropy().mean()]
         expected.append(torch.stack(means_of_y))
     expected = torch.stack(expected).mean(0)
     torch.testing.assert_close(means, expected.detach(), atol=1e-5, rtol=1e-5)
@@ -293,12 +313,12 @@ def test_padded_batch_equals_one_unpadded_forward_each(tied, llama):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_micro_batches_add_up_to_the_batch(size):
     student, teacher = tiny_model(1), tiny_model(2)
-    loss, _ = batch_loss(student, teacher, range(5))
+    loss, _, _ = batch_loss(student, teacher, range(5))
     whole = gradients_of(student, loss)
     student.zero_grad()
     shares = 0.0
     for first in range(0, 5, size):
-        share, _ = batch_loss(student, teacher, range(5)[first : first + size])
+        share, _, _ = batch_loss(student, teacher, range(5)[first : first + size])
         share.backward()
         shares += share.item()
     parts = {name: p.grad for name, p in student.named_parameters()}
@@ -310,7 +330,7 @@ def test_equal_prompts_and_weights_have_no_divergence():
     model = tiny_model(1)
     parts = STUDENT_PROMPTS, STUDENT_PROMPTS, COMPLETIONS
     for kind in ("reverse_kl", "forward_kl", "jsd"):
-        loss, _ = opsdc.distillation_loss(model, model, *parts, kind, 5)
+        loss, _, _ = opsdc.distillation_loss(model, model, *parts, kind, 5)
         assert loss.item() == pytest.approx(0, abs=1e-6)
         assert max(g.abs().max() for g in gradients_of(model, loss).values()) < 1e-5
 
@@ -364,6 +384,32 @@ def test_teacher_is_refreshed_on_the_papers_steps_and_frozen_between(monkeypatch
     assert [row["refreshed"] for row in rows] == [False, True, False, True, False]
 
 
+def test_kept_rollouts_carry_the_divergences_that_make_up_the_loss(toy_config, tmp_path):
+    """All four of a batch of four are kept: the mean of their means is the loss."""
+    config = dataclasses.replace(toy_config, output_dir=str(tmp_path / "run"), steps=2)
+    opsdc.train(config)
+    rows = read_rows(tmp_path / "run" / "rollouts-1.jsonl")
+    metrics = read_rows(tmp_path / "run" / "metrics.jsonl")
+    means = [sum(row["divergence"]) / len(row["tokens"]) for row in rows]
+    assert sum(means) / 4 == pytest.approx(metrics[0]["loss"], rel=1e-5)
+    lengths = [len(row["tokens"]) for row in rows]
+    assert sum(lengths) / 4 == metrics[0]["completion_tokens"] and lengths == sorted(lengths)
+    assert all("".join(row["tokens"]).startswith("<think>\n") for row in rows)
+    assert (tmp_path / "run" / "rollouts-2.jsonl").exists()
+
+
+def test_a_terminal_shows_tokens_the_redder_the_more_they_diverge(monkeypatch, capsys, tmp_path):
+    tokenizer = SimpleNamespace(decode=lambda ids: "abc"[ids[0]])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for divergences in ([0.0, 0.5, 1.0], [0.5, math.nan, 0.2], [0.0, 0.0, 0.0]):
+        opsdc.keep_rollouts(tmp_path / "kept.jsonl", tokenizer, [[0, 1, 2]], [divergences])
+    assert read_rows(tmp_path / "kept.jsonl") == [{"tokens": list("abc"), "divergence": [0.0] * 3}]
+    stdout, colour = capsys.readouterr().out, "\033[30;48;2;255;{0};{0}m"
+    fades = zip("abc", (255, 127, 0), strict=True)
+    expected = "".join(colour.format(fade) + letter for letter, fade in fades)
+    assert stdout == expected + "\033[0m\nkept: from white, 0, to red, 1.000 nats\n"
+
+
 def test_a_run_does_not_depend_on_the_micro_batch_size(toy_config, tmp_path):
     results = []
     for size in (1, 3, 4):
@@ -387,7 +433,7 @@ def test_script_trains_and_saves_the_toy(tmp_path):
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     keys = "step loss completion_tokens truncated student_entropy teacher_entropy grad_norm"
-    keys += " rollout_seconds update_seconds tokens_per_second peak_gpu_gb refreshed"
+    keys += " skipped rollout_seconds update_seconds tokens_per_second peak_gpu_gb refreshed"
     assert [row["step"] for row in rows] == [1, 2] and set(rows[0]) == set(keys.split())
     assert rows[0]["loss"] > 0 and rows[0]["grad_norm"] > 0
 
@@ -410,13 +456,6 @@ def test_script_trains_and_saves_the_toy(tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_bad_values_end_with_one_line_and_nothing_written(tmp_path):
-    for flag in ("--steps=0", "--top_p=1.5", "--learning_rate=nan", "--instruction=v3"):
-        run = run_script("@toy/args", flag, f"--output_dir={tmp_path}/run")
-        assert run.returncode == 2 and flag.split("=")[0] in run.stderr.splitlines()[-1]
-        assert "Traceback" not in run.stderr and not (tmp_path / "run").exists()
-
-
 # ---- Optimizer, ranks, checkpoints ---------------------------------------------------------------
 
 
@@ -424,7 +463,7 @@ def updates(model, optimizer, steps, clip=None):
     """The losses of some updates on one batch, towards a fixed teacher."""
     teacher, losses = tiny_model(2).to(model.dtype), []
     for _ in range(steps):
-        loss, _ = batch_loss(model, teacher, range(5))
+        loss, _, _ = batch_loss(model, teacher, range(5))
         loss.backward()
         if clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -500,22 +539,33 @@ def test_two_ranks_equal_one_process(tmp_path):
     torch.testing.assert_close(weights, expected_weights, atol=1e-5, rtol=1e-5)
 
 
-def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+EIGHT_STEPS = (*SMALL_RUN, "--steps=8", "--save_every=2")
+
+
+def steps_done(output_dir):
+    log = output_dir / "metrics.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    run = run_script(*EIGHT_STEPS, f"--output_dir={output_dir}")
+    assert run.returncode == 0, run.stderr
+    return outcome(output_dir)
+
+
+def test_a_killed_run_resumes_bit_for_bit(undisturbed, tmp_path):
     """SIGKILL after a random step, after another, and during a save; then a damaged checkpoint."""
-    options = (*SMALL_RUN, "--steps=8", "--save_every=2")
-    whole = run_script(*options, f"--output_dir={tmp_path}/whole")
-    assert whole.returncode == 0, whole.stderr
+    options = EIGHT_STEPS
     killed, random_ = tmp_path / "killed", random.Random(0)
     command = [sys.executable, "opsdc.py", *options, f"--output_dir={killed}", "--resume"]
 
-    def steps_done():
-        log = killed / "metrics.jsonl"
-        return log.read_text().count("\n") if log.exists() else 0
-
+    wanted = random_.randint(1, 3)
     for moment in (
-        lambda: steps_done() >= random_.randint(1, 3),
-        lambda: (killed / "unfinished-4").exists(),
-        lambda: steps_done() >= 5,
+        lambda: steps_done(killed) >= wanted,
+        lambda: steps_done(killed) == 4 and (killed / "unfinished").exists(),
+        lambda: steps_done(killed) >= 5,
     ):
         process = subprocess.Popen(command, cwd=HERE, stdout=-3, stderr=-3)
         while process.poll() is None and not moment():
@@ -529,16 +579,76 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     other = run_script(*options, *resume, "--temperature=0.9")
     assert other.returncode == 2 and "made with --temperature 1.0" in other.stderr
     run = run_script(*options, *resume)
-    assert run.returncode == 0 and f"{newest} can't be read and is passed over" in run.stderr
-    (rows, weights), (expected_rows, expected_weights) = (
-        outcome(killed),
-        outcome(tmp_path / "whole"),
-    )
+    assert run.returncode == 0 and f"passed over: {newest} can't be read" in run.stderr
+    (rows, weights), (expected_rows, expected_weights) = outcome(killed), undisturbed
     assert rows == expected_rows and same(weights, expected_weights)
 
-    again = run_script(*options, *resume)
-    assert again.returncode == 2 and "holds a finished run" in again.stderr
-    assert outcome(killed)[0] == expected_rows
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_its_step_and_goes_on_bit_for_bit(undisturbed, tmp_path, number):
+    output_dir = tmp_path / "run"
+    command = [sys.executable, "opsdc.py", *EIGHT_STEPS, f"--output_dir={output_dir}"]
+    process = subprocess.Popen(command, cwd=HERE, stdout=-3, stderr=-1, text=True)
+    while process.poll() is None and steps_done(output_dir) < 3:
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, stderr = process.communicate()
+    done = steps_done(output_dir)
+    assert process.returncode == 130, stderr
+    assert (
+        stderr.splitlines()[-1] == f"opsdc.py: interrupted; step {done} is saved, --resume goes on"
+    )
+    assert 3 <= done < 8 and (output_dir / f"step-{done}" / "run.json").exists()
+    run = run_script(*EIGHT_STEPS, f"--output_dir={output_dir}", "--resume")
+    assert run.returncode == 0, run.stderr
+    assert outcome(output_dir)[0] == undisturbed[0]
+    assert same(outcome(output_dir)[1], undisturbed[1])
+
+
+def test_a_second_interruption_ends_a_run_at_once(tmp_path):
+    output_dir = tmp_path / "run"
+    long_steps = ("--temperature=99", "--max_new_tokens=900", "--batch_size=32")
+    command = [sys.executable, "opsdc.py", *SMALL_RUN, *long_steps, f"--output_dir={output_dir}"]
+    process = subprocess.Popen(command, cwd=HERE, stdout=-3, stderr=-3)
+    while process.poll() is None and not (output_dir / "metrics.jsonl").exists():
+        time.sleep(0.001)
+    time.sleep(0.2)
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    assert process.returncode == -signal.SIGINT and not list(output_dir.glob("step-*"))
+
+
+def files(directory):
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+
+
+def two_ranks(output_dir):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *launcher, "opsdc.py", *SMALL_RUN, "--steps=9999"]
+    command += ["--save_every=0", f"--output_dir={output_dir}"]
+    process = subprocess.Popen(command, cwd=HERE, stdout=-3, stderr=-1, text=True)
+    while process.poll() is None and steps_done(output_dir) < 2:
+        time.sleep(0.01)
+    return process
+
+
+def test_ranks_that_are_interrupted_save_the_same_step(tmp_path):
+    process = two_ranks(tmp_path / "run")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)  # a hang, not slowness
+    (saved,) = (tmp_path / "run").glob("step-*")
+    assert saved.name == f"step-{steps_done(tmp_path / 'run')}"
+    assert {"optimizer-0-of-2.pt", "optimizer-1-of-2.pt", "run.json"} <= files(saved)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
+def test_a_rank_that_dies_ends_the_job(tmp_path):
+    process = two_ranks(tmp_path / "run")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)  # a hang, not slowness
+    assert process.returncode != 0 and "Signal 9 (SIGKILL)" in stderr
 
 
 @pytest.fixture(scope="module")
@@ -572,11 +682,309 @@ def test_real_tokenizer_real_vocabulary_real_problems(small_qwen3, tmp_path):
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run")) == 151_669
 
 
+# ---- Faults --------------------------------------------------------------------------------------
+
+# Forks one process for each line of JSON on stdin, with opsdc.py and eval.py imported already: each
+# runs the script's command line with its own exit code and output, without 4 s of imports.
+LAUNCHER = """
+import json, os, resource, sys, traceback
+import eval, opsdc
+for line in sys.stdin:
+    task = json.loads(line)
+    if (child := os.fork()) == 0:
+        output = os.open(task["output"], os.O_CREAT | os.O_WRONLY)
+        os.dup2(output, 1), os.dup2(output, 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (task["largest_file"],) * 2)
+        sys.argv, code = task["command"], 0
+        try:
+            {"opsdc.py": opsdc, "eval.py": eval}[sys.argv[0]].main()
+        except SystemExit as end:
+            if isinstance(code := end.code, str):
+                print(end.code, file=sys.stderr)
+                code = 1
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code or 0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+TRAIN = "opsdc.py --model=toy --data=toy/train.jsonl --steps=1 --batch_size=2 --max_new_tokens=4 "
+TRAIN += "--output_dir={out} "
+EVAL = "eval.py --data=toy/test.jsonl --limit=2 --samples=1 --max_new_tokens=4 --output_dir={out} "
+# Arguments after the good ones, of a flag the last one counts; what the last line of output says.
+# Exit code 2 and no output directory, unless RUNNING says otherwise.
+FAULTS = [
+    # models
+    (TRAIN + "--model={tmp}/nowhere", "nowhere can't be read"),
+    (TRAIN + "--model=Nobody/Nothing", "Nobody/Nothing can't be read: We couldn't connect"),
+    (TRAIN + "--model={tmp}/empty", "empty can't be read: Unrecognized model"),
+    (TRAIN + "--model={tmp}/no-tokenizer", "1 tokens in its tokenizer, 821 in its model"),
+    (TRAIN + "--model={tmp}/small-vocabulary", "821 tokens in its tokenizer, 40 in its model"),
+    (TRAIN + "--model={tmp}/no-template", "tokenizer.chat_template is not set"),
+    (TRAIN + "--model={tmp}/no-stop", "names no eos_token_id"),
+    (TRAIN + "--model={tmp}/no-weights", "no file named model.safetensors"),
+    (TRAIN + "--model={tmp}/cut-weights", "cut-weights can't be read: Error while deserializing"),
+    (TRAIN + "--model={tmp}/other-shape", "other-shape can't be read"),
+    (TRAIN + "--model={tmp}/bad-config", "is not a valid JSON file"),
+    (TRAIN + "--model={tmp}/unknown-kind", "model type `nobody`"),
+    (TRAIN + "--model={tmp}/own-code", "contains custom code"),
+    (TRAIN + "--model={tmp}/bert", "is no causal model"),
+    (TRAIN + "--model={tmp}/t5", "T5Config"),
+    (TRAIN + "--max_new_tokens=1000", "toy has 1024 positions"),
+    # data
+    (TRAIN + "--data={tmp}/nowhere.jsonl", "nowhere.jsonl can't be read: [Errno 2] No such file"),
+    (TRAIN + "--data=Nobody/nothing", "Nobody/nothing can't be read"),
+    (TRAIN + "--data={tmp}/no-rows.jsonl", "it has no rows"),
+    (TRAIN + "--data={tmp}/malformed.jsonl", "malformed.jsonl can't be read: row 3 is no JSON"),
+    (TRAIN + "--data={tmp}/list.jsonl", "row 1 is no JSON object"),
+    (TRAIN + "--data={tmp}/no.parquet", "Parquet magic bytes not found"),
+    (TRAIN + "--data={tmp}/columns.jsonl", "has columns ['text', 'id']"),
+    (TRAIN + "--data={tmp}/blank.jsonl", "row 2: the problem is ' ', not a text"),
+    (TRAIN + "--data={tmp}/number.jsonl", "row 1: the problem is 7, not a text"),
+    (TRAIN + "--data={tmp}/no-turns.jsonl", "row 1: the prompt is [], not a text"),
+    (TRAIN + "--data={tmp}/no-chat.jsonl", "no-chat.jsonl can't be read: string indices"),
+    (
+        TRAIN + "--max_prompt_tokens=3",
+        "0 problems of toy/train.jsonl are within --max_prompt_tokens",
+    ),
+    (TRAIN + "--batch_size=3201", "too few for --batch_size 3201"),
+    # values
+    (TRAIN + "--steps=many", "invalid int value: 'many'"),
+    (TRAIN + "--steps=0", "--steps is 0, but must be at least 1"),
+    (TRAIN + "--micro_batch_size=-1", "--micro_batch_size is -1"),
+    (TRAIN + "--learning_rate=1e9", "--learning_rate is 1000000000.0"),
+    (TRAIN + "--learning_rate=nan", "--learning_rate is nan"),
+    (TRAIN + "--top_p=1.5", "--top_p is 1.5"),
+    (TRAIN + "--temperature=0", "--temperature is 0.0"),
+    (TRAIN + "--seed=99999999999", "--seed is 99999999999"),
+    (TRAIN + "--divergence=kl", "invalid choice: 'kl'"),
+    (TRAIN + "--instruction=v3", "--instruction is 'v3'"),
+    (TRAIN + "--instruction=percent:100", "--instruction is 'percent:100'"),
+    (TRAIN + "--rate=1", "unrecognized arguments: --rate=1"),
+    (TRAIN + "@nowhere", "No such file or directory: 'nowhere'"),
+    # places
+    (TRAIN + "--output_dir={tmp}/columns.jsonl/run", "columns.jsonl/run can't be written"),
+    (TRAIN + "--steps=99999999 --save_every=1", "GB are free: raise --save_every"),
+    # evaluation
+    (EVAL, "name the models to evaluate"),
+    (EVAL + "toy {tmp}/nowhere", "nowhere can't be read"),
+    (EVAL + "toy {tmp}/no-template", "tokenizer.chat_template is not set"),
+    (EVAL + "toy {tmp}/no-weights", "no file named model.safetensors"),
+    (EVAL + "toy {tmp}/no-stop", "names no eos_token_id"),
+    (EVAL + "toy toy", "is named twice"),
+    (EVAL + "toy --prompt v3", "--instruction is 'v3'"),
+    (EVAL + "toy --prompt v1 v2", "--prompt names 2 prompts for 1 models"),
+    (EVAL + "toy --max_new_tokens=1020", "toy has 1024 positions"),
+    (EVAL + "toy --temperature=0", "--temperature must be more than 0"),
+    (EVAL + "toy --samples=0", "--samples is 0"),
+    (EVAL + "toy --data={tmp}/malformed.jsonl", "row 3 is no JSON object"),
+    (EVAL + "toy --data={tmp}/columns.jsonl", "not problem and answer"),
+    (EVAL + "toy --data={tmp}/no-answer.jsonl", "row 2: the answer is '', not a text"),
+    (EVAL + "toy --data={tmp}/same-id.jsonl", "gives several problems the same id"),
+    (EVAL + "toy --output_dir={tmp}/columns.jsonl", "File exists"),
+    ("eval.py toy --output_dir={out} --benchmarks=gsm8k", "no benchmark 'gsm8k'"),
+    (EVAL + "--responses {tmp}/nowhere.jsonl", "nowhere.jsonl can't be read: [Errno 2]"),
+    (EVAL + "--responses {tmp}/malformed.jsonl", "row 3 is no JSON object"),
+    (EVAL + "--responses {tmp}/no-text.jsonl", "row 1 has no good response, tokens"),
+]
+
+
+def edited(path, **changes):
+    """Changes fields of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory):
+    """The models and files that FAULTS names."""
+    tmp = tmp_path_factory.mktemp("faults")
+    (tmp / "empty").mkdir()
+    names = "no-tokenizer small-vocabulary no-template no-stop no-weights cut-weights other-shape"
+    for name in f"{names} bad-config unknown-kind own-code bert t5 broken".split():
+        shutil.copytree(HERE / "toy", tmp / name)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp / "no-tokenizer" / file).unlink()
+    edited(tmp / "small-vocabulary" / "config.json", vocab_size=40)
+    (tmp / "no-template" / "chat_template.jinja").unlink()
+    edited(tmp / "no-stop" / "generation_config.json", eos_token_id=None)
+    (tmp / "no-weights" / "model.safetensors").unlink()
+    weights = HERE / "toy" / "model.safetensors"
+    (tmp / "cut-weights" / "model.safetensors").write_bytes(weights.read_bytes()[:9999])
+    edited(tmp / "other-shape" / "config.json", hidden_size=64)
+    (tmp / "bad-config" / "config.json").write_text("{")
+    edited(tmp / "unknown-kind" / "config.json", model_type="nobody")
+    auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    edited(tmp / "own-code" / "config.json", model_type="nobody", auto_map=auto_map)
+    (tmp / "own-code" / "own.py").write_text(f"open({str(tmp / 'was-run')!r}, 'w')\n")
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=821, hidden_size=16, **small)).save_pretrained(tmp / "bert")
+    small = {"num_layers": 1, "num_heads": 2, "d_ff": 16, "d_kv": 8}
+    T5ForConditionalGeneration(T5Config(vocab_size=821, d_model=16, **small)).save_pretrained(
+        tmp / "t5"
+    )
+    broken = AutoModelForCausalLM.from_pretrained(tmp / "broken")
+    broken.model.layers[0].mlp.up_proj.weight.data[:] = math.nan
+    broken.save_pretrained(tmp / "broken")
+    for name, rows in {
+        "no-rows.jsonl": "",
+        "malformed.jsonl": '{"problem": "a", "answer": 1}\n' * 2 + '{"problem": "b\n',
+        "list.jsonl": "[1, 2]\n",
+        "no.parquet": "problem\n",
+        "columns.jsonl": '{"text": "a", "id": 1}\n',
+        "blank.jsonl": '{"problem": "a"}\n{"problem": " "}\n',
+        "number.jsonl": '{"problem": 7}\n',
+        "no-chat.jsonl": '{"prompt": ["a"]}\n',
+        "no-turns.jsonl": '{"prompt": []}\n',
+        "no-answer.jsonl": '{"problem": "a", "answer": 1}\n{"problem": "b", "answer": null}\n',
+        "same-id.jsonl": '{"id": 1, "problem": "a", "answer": 1}\n' * 2,
+        "no-text.jsonl": '{"id": 0, "response": null, "tokens": "3", "finished": true}\n',
+    }.items():
+        (tmp / name).write_text(rows)
+    return tmp
+
+
+@pytest.fixture(scope="module")
+def launch(faulty):
+    """Runs a command line; returns exit code and lines of output."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER],
+        **{"cwd": HERE, "env": environment, "stdin": -1, "stdout": -1, "text": True},
+    )
+    numbers = itertools.count()
+
+    def run(command, largest_file=-1):
+        output = faulty / f"output-{next(numbers)}"
+        task = {"command": command.split(), "output": str(output), "largest_file": largest_file}
+        launcher.stdin.write(json.dumps(task) + "\n")
+        launcher.stdin.flush()
+        code = int(launcher.stdout.readline())
+        return code, output.read_text().replace("\r", "\n").splitlines()
+
+    yield run
+    launcher.kill()
+
+
+@pytest.mark.parametrize("command, message", FAULTS)
+def test_bad_input_ends_with_one_line_and_nothing_written(
+    launch, faulty, tmp_path, command, message
+):
+    out = tmp_path / "out"
+    code, lines = launch(command.format(tmp=faulty, out=out))
+    assert code == 2 and message in lines[-1], lines[-1]
+    assert lines[-1].startswith(command.split()[0] + ": error: ")
+    assert not any("Traceback" in line for line in lines)
+    assert not out.exists() and not (faulty / "was-run").exists()
+
+
+def test_updates_that_are_not_finite_are_skipped_and_the_third_ends_the_run(launch, faulty):
+    out = faulty / "broken-run"
+    code, lines = launch(TRAIN.format(out=out) + f"--model={faulty}/broken --steps=9")
+    assert code == 1 and "three gradients in a row were not finite" in lines[-1]
+    rows = read_rows(out / "metrics.jsonl")
+    assert [row["skipped"] for row in rows] == [True] * 3 and math.isnan(rows[-1]["loss"])
+    assert files(out) == {"metrics.jsonl", "rollouts-1.jsonl"}
+
+
+def test_an_update_that_is_not_finite_changes_nothing_and_the_next_one_does():
+    model = tiny_model(1)
+    optimizer = opsdc.MasterAdamW(model, opsdc.Config(learning_rate=1e-3))
+    before = state(model)
+    for scale, moves in ((math.nan, False), (1.0, True)):
+        loss, _, _ = batch_loss(model, tiny_model(2), range(5))
+        (loss * scale).backward()
+        assert math.isfinite(optimizer.step()) == moves
+        assert same(state(model), before) != moves
+        assert all(tensor.isfinite().all() for tensor in state(model).values())
+
+
+def test_a_full_disk_while_saving_leaves_the_checkpoint_before(launch, faulty):
+    """A limit on the size of a file stands in for the disk: each library then fails its own way."""
+    out = faulty / "full"
+    command = TRAIN.format(out=out) + "--resume --steps=4 "
+    assert launch(command + "--save_every=2")[0] == 0
+    (out / "run.json").unlink()  # as if it had been stopped before its end
+    step_2 = [path for path in (out / "step-2").rglob("*") if path.is_file()]
+    before = [path.read_bytes() for path in step_2]
+    for largest in (2 * 10**6, 5 * 10**6):  # model and optimizer have 3.8 and 11.5 million bytes
+        code, lines = launch(command + "--save_every=3", largest)
+        assert code == 1 and "step-3 can't be written" in lines[-1] and "--resume" in lines[-1]
+        assert [path.read_bytes() for path in step_2] == before
+        assert not (out / "unfinished").exists() and not (out / "step-3").exists()
+    assert launch(command + "--save_every=3")[0] == 0
+
+
+def test_a_full_disk_during_an_evaluation_loses_no_sample_that_was_written(launch, faulty):
+    out, whole = faulty / "full-evaluation", faulty / "whole-evaluation"
+    command = EVAL + "toy --limit=8 --batch_size=2"
+    assert launch(command.format(out=whole))[0] == 0
+    code, lines = launch(command.format(out=out), largest_file=1200)
+    assert code == 2 and "File too large" in lines[-1]
+    written = (out / "samples-0.jsonl").read_text().rpartition("\n")[0].splitlines()
+    assert 0 < len(written) < 8
+    assert launch(command.format(out=out))[0] == 0
+    assert (out / "samples-0.jsonl").read_text() == (whole / "samples-0.jsonl").read_text()
+    assert (out / "samples-0.jsonl").read_text().splitlines()[: len(written)] == written
+
+
+def test_a_run_that_writes_to_a_taken_place_changes_nothing(launch, faulty):
+    out = faulty / "taken"
+    command = TRAIN.format(out=out)
+    assert launch(command)[0] == 0
+    before = {name: (out / name).read_bytes() for name in files(out)}
+    for more, message in (("", "holds a run"), ("--resume", "holds a finished run")):
+        code, lines = launch(command + more)
+        assert code == 2 and message in lines[-1]
+        assert {name: (out / name).read_bytes() for name in files(out)} == before
+
+
+def test_rollouts_of_nothing_but_cut_or_empty_completions_are_trained_on(launch, faulty):
+    out = faulty / "cut"
+    code, lines = launch(TRAIN.format(out=out) + "--max_new_tokens=1")
+    assert code == 0 and any("every rollout was cut" in line for line in lines)
+    (row,) = read_rows(out / "metrics.jsonl")
+    assert row["completion_tokens"] == row["truncated"] == 1 and math.isfinite(row["loss"])
+
+
+@pytest.mark.parametrize(
+    "script, command, remedy",
+    [
+        (opsdc, TRAIN, "lower --rollout_batch_size if in a rollout"),
+        (evaluation, EVAL + "toy", "lower --batch_size"),
+    ],
+)
+def test_out_of_memory_names_the_setting_to_lower(
+    monkeypatch, capsys, tmp_path, script, command, remedy
+):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(GenerationMixin, "generate", fail)
+    monkeypatch.setattr(sys, "argv", command.format(out=tmp_path / "run").split())
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == 1 and remedy in capsys.readouterr().err
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(monkeypatch, toy_config, tmp_path):
+    monkeypatch.setattr(opsdc, "RANKS", 3)
+    config = dataclasses.replace(toy_config, output_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="--batch_size 4 can't be shared by 3 processes"):
+        opsdc.train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_without_bf16_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(opsdc, "CUDA", True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(sys, "argv", ["opsdc.py"])
+    with pytest.raises(SystemExit) as end:
+        opsdc.main()
+    assert end.value.code == 2 and "no bf16" in capsys.readouterr().err
+
+
 # ---- Grading -------------------------------------------------------------------------------------
-
-
-def read_rows(path):
-    return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
 @pytest.fixture(scope="module")
@@ -769,17 +1177,21 @@ def test_an_evaluation_reports_what_its_rows_say(toy_evaluation):
 
 
 def test_a_killed_evaluation_ends_as_one_that_ran_through(toy_evaluation, tmp_path):
-    """Three kills, as soon as a random number of rows is there; then a row cut short by hand."""
+    """Ctrl-C and two kills, as soon as a random number of rows is there; then a row cut by hand."""
     output_dir, random_ = tmp_path / "killed", random.Random(0)
     records = output_dir / "samples-0.jsonl"
-    for wanted in sorted(random_.sample(range(1, 48), 3)):
+    numbers = (signal.SIGINT, signal.SIGKILL, signal.SIGKILL)
+    for wanted, number in zip(sorted(random_.sample(range(1, 48), 3)), numbers, strict=True):
         process = evaluate_toy(output_dir)
         while process.poll() is None and not (
             records.exists() and records.read_bytes().count(b"\n") >= wanted
         ):
             time.sleep(0.01)
-        process.kill()
-        process.communicate()
+        process.send_signal(number)
+        _, stderr = process.communicate()
+        if number == signal.SIGINT:
+            assert process.returncode == 130 and "goes on where it stopped" in stderr
+            assert "Traceback" not in stderr
     records.write_bytes(records.read_bytes()[:-20])
     process = evaluate_toy(output_dir)
     _, stderr = process.communicate()
@@ -833,7 +1245,7 @@ def test_responses_of_another_engine_are_graded(tmp_path):
 
     for bad, message in (
         (rows[:3], "has not 2 (--samples) responses to 1"),
-        ([{"id": 0, "response": "2"}], "row 1 has no tokens, finished"),
+        ([{"id": 0, "response": "2"}], "row 1 has no good tokens, finished"),
         (rows + [rows[0] | {"id": 7}], "does not have"),
     ):
         run = grade(bad)

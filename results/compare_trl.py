@@ -142,7 +142,9 @@ def run_opsdc(model: Path, count: int, length: int, steps: int) -> Watch:
     watch = Watch()
     for _ in range(steps):
         watch.on_step_begin()
-        loss, _ = opsdc.distillation_loss(student, teacher, *encoded, rollouts, "reverse_kl", count)
+        loss, _, _ = opsdc.distillation_loss(
+            student, teacher, *encoded, rollouts, "reverse_kl", count
+        )
         loss.backward()
         if optimizer:
             optimizer.step()
