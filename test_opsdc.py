@@ -451,10 +451,6 @@ def test_script_trains_and_saves_the_toy(tmp_path):
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["config"]["steps"] == 2 and record["versions"]["torch"] == torch.__version__
 
-    again = run_script("@toy/args", "--steps=2", f"--output_dir={tmp_path}/run")
-    assert again.returncode == 2 and "holds a run" in again.stderr
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
-
 
 # ---- Optimizer, ranks, checkpoints ---------------------------------------------------------------
 
@@ -787,7 +783,12 @@ FAULTS = [
     (EVAL + "--responses {tmp}/nowhere.jsonl", "nowhere.jsonl can't be read: [Errno 2]"),
     (EVAL + "--responses {tmp}/malformed.jsonl", "row 3 is no JSON object"),
     (EVAL + "--responses {tmp}/no-text.jsonl", "row 1 has no good response, tokens"),
+    (EVAL + "--responses {tmp}/too-few.jsonl", "has not 1 (--samples) responses to 1"),
+    (EVAL + "--responses {tmp}/others.jsonl", "answers problems that test does not have: ['7']"),
 ]
+
+
+RESPONSE = '{"id": %d, "response": "Answer: 2", "tokens": 3, "finished": true}\n'
 
 
 def edited(path, **changes):
@@ -838,6 +839,8 @@ def faulty(tmp_path_factory):
         "no-turns.jsonl": '{"prompt": []}\n',
         "no-answer.jsonl": '{"problem": "a", "answer": 1}\n{"problem": "b", "answer": null}\n',
         "same-id.jsonl": '{"id": 1, "problem": "a", "answer": 1}\n' * 2,
+        "too-few.jsonl": RESPONSE % 0,
+        "others.jsonl": RESPONSE % 0 + RESPONSE % 1 + RESPONSE % 7,
         "no-text.jsonl": '{"id": 0, "response": null, "tokens": "3", "finished": true}\n',
     }.items():
         (tmp / name).write_text(rows)
@@ -1237,21 +1240,10 @@ def test_responses_of_another_engine_are_graded(tmp_path):
         {"id": "1", "response": "Answer: 5\u2028", "tokens": 4, "finished": True},
     ]
 
-    def grade(rows, *arguments):
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        written.write_text("".join(lines), encoding="utf-8")
-        arguments += (f"--responses={written}", f"--data={data}", "--samples=2")
-        return run_script(*arguments, f"--output_dir={tmp_path}/graded", script="eval.py")
-
-    for bad, message in (
-        (rows[:3], "has not 2 (--samples) responses to 1"),
-        ([{"id": 0, "response": "2"}], "row 1 has no good tokens, finished"),
-        (rows + [rows[0] | {"id": 7}], "does not have"),
-    ):
-        run = grade(bad)
-        assert run.returncode == 2 and message in run.stderr, run.stderr
-        assert "Traceback" not in run.stderr and not (tmp_path / "graded").exists()
-    run = grade(rows)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    written.write_text("".join(lines), encoding="utf-8")
+    arguments = (f"--responses={written}", f"--data={data}", "--samples=2")
+    run = run_script(*arguments, f"--output_dir={tmp_path}/graded", script="eval.py")
     assert run.returncode == 0, run.stderr
     (summary,) = json.loads((tmp_path / "graded" / "summary.json").read_text())
     assert summary["accuracy"] == {

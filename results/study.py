@@ -487,10 +487,10 @@ def main() -> None:
         f"Written by `python results/study.py{' --quick' * arguments.quick}`: {len(study.seeds)} "
         f"seed(s), {study.steps} steps, otherwise `@toy/args` (v1, reverse KL, M = 15, temperature "
         f"1.0); {300 // study.thin} held-out problems, one sample each and seed. Mean ± standard "
-        "deviation over the seeds; accuracy by the grader `final`; `cut`: responses that reached the "
-        "limit of 256 tokens. The paper's figures are Qwen3-8B's on MATH-500: accuracy by its dual "
-        "grader, mean tokens; its ablations use v2. `38.9% at 76.0` is short for tokens reduced by "
-        "38.9%, accuracy 76.0%. "
+        "deviation over the seeds; accuracy by the grader `final`; `cut`: responses that reached "
+        "the limit of 256 tokens. The paper's figures are Qwen3-8B's on MATH-500: accuracy by its "
+        "dual grader, mean tokens; its ablations use v2. `38.9% at 76.0` is short for tokens "
+        "reduced by 38.9%, accuracy 76.0%. "
         "Same and Different are computed from the table above them.",
         "",
     ]
