@@ -857,15 +857,15 @@ def train(config: Config) -> None:
                     keep_rollouts(log.with_name(f"rollouts-{step}.jsonl"), tokenizer, *kept)
                 if truncated == config.batch_size:
                     bar.write(f"step {step}: every rollout was cut at --max_new_tokens", sys.stderr)
+            if (step < config.steps and (save_point or interrupted)) or skipped == 3:
+                checkpoint(student, teacher, tokenizer, optimizer, config, step)
             if skipped == 3:
                 raise SystemExit(
                     "opsdc.py: three gradients in a row were not finite and their updates skipped: "
-                    "look at the model, or start from a checkpoint with a lower --learning_rate"
+                    f"look at the model, or at a lower --learning_rate; step {step} is saved"
                 )
-            if step < config.steps and (save_point or interrupted):
-                checkpoint(student, teacher, tokenizer, optimizer, config, step)
-                if interrupted:
-                    raise KeyboardInterrupt(f"step {step} is saved, --resume goes on")
+            if step < config.steps and interrupted:
+                raise KeyboardInterrupt(f"step {step} is saved, --resume goes on")
     if RANK == 0:
         with saving(log.parent, config):
             save(student, teacher, tokenizer, config, log.parent)
@@ -896,10 +896,8 @@ def main() -> None:
     except KeyboardInterrupt as interrupt:
         parser.exit(130, f"opsdc.py: interrupted; {str(interrupt) or 'nothing was written'}\n")
     except torch.OutOfMemoryError:
-        lower = (
-            "--rollout_batch_size if in a rollout, --micro_batch_size or --offload if in an update"
-        )
-        parser.exit(1, f"opsdc.py: out of GPU memory: lower {lower}; go on with --resume\n")
+        remedy = "lower --rollout_batch_size if in a rollout, else --micro_batch_size, or --offload"
+        parser.exit(1, f"opsdc.py: out of GPU memory: {remedy}; go on with --resume\n")
     if RANKS > 1:
         dist.destroy_process_group()
 

@@ -887,7 +887,8 @@ def test_updates_that_are_not_finite_are_skipped_and_the_third_ends_the_run(laun
     assert code == 1 and "three gradients in a row were not finite" in lines[-1]
     rows = read_rows(out / "metrics.jsonl")
     assert [row["skipped"] for row in rows] == [True] * 3 and math.isnan(rows[-1]["loss"])
-    assert files(out) == {"metrics.jsonl", "rollouts-1.jsonl"}
+    assert {path.name for path in out.iterdir()} == {"metrics.jsonl", "rollouts-1.jsonl", "step-3"}
+    assert "step 3 is saved" in lines[-1] and (out / "step-3" / "run.json").exists()
 
 
 def test_an_update_that_is_not_finite_changes_nothing_and_the_next_one_does():
