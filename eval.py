@@ -49,6 +49,7 @@ from opsdc import (
     RANKS,
     check_length,
     check_texts,
+    claim_gpu,
     encode_chat,
     instruction_text,
     json_rows,
@@ -60,6 +61,7 @@ from opsdc import (
     sampling_settings,
     student_prompt,
     teacher_prompt,
+    write_whole,
 )
 
 BENCHMARKS = {  # hub id, split
@@ -166,7 +168,7 @@ def load_benchmarks(settings: Settings) -> dict[str, list[dict]]:
 # ---- Grading ------------------------------------------------------------------------------------
 
 LONGEST_ANSWER = 1000  # characters: nobody accepts a longer final answer
-WORKER_MEMORY = 4 << 30  # bytes
+WORKER_MEMORY = 2 << 30  # bytes, beside what a worker starts with: libraries hold some per core
 
 PAPER_ANSWER = re.compile(r"answer\s*:\s*([^\n]+)", re.I)
 # A line "Answer: X", with markdown or "the final" before it; inside a line only with a capital,
@@ -248,7 +250,9 @@ def serve_comparisons(pipe: Connection, limit: float) -> None:
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the evaluation, the pipe's owner
     with contextlib.suppress(ValueError, OSError):  # not every system has this limit
-        resource.setrlimit(resource.RLIMIT_DATA, (WORKER_MEMORY, resource.RLIM_INFINITY))
+        held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        limits = held + WORKER_MEMORY, resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
     pipe.send("ready")
     with contextlib.suppress(EOFError):  # the evaluation has ended
         while True:
@@ -446,9 +450,7 @@ def claim(output_dir: Path, identity: dict) -> None:
                 )
     else:
         output_dir.mkdir(parents=True, exist_ok=True)
-        unfinished = output_dir / f"settings.json.{os.getpid()}"  # a kill leaves no half a file
-        unfinished.write_text(json.dumps(identity, indent=2) + "\n")
-        unfinished.replace(file)
+        write_whole(file, json.dumps(identity, indent=2) + "\n")
 
 
 def digest(value: object) -> str:
@@ -668,7 +670,7 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
         torch.distributed.barrier()
     if RANK == 0:
         summary = summarize(recorded(output_dir), candidates, benchmarks, settings.samples)
-        (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_whole(output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
         print(markdown(summary, settings))
 
 
@@ -684,6 +686,7 @@ def main() -> None:
     models, responses = arguments.pop("models"), arguments.pop("responses")
     output_dir = Path(arguments.pop("output_dir"))
     try:
+        claim_gpu()
         evaluate(models, responses, output_dir, Settings(**arguments))
     except (ValueError, OSError) as error:
         message = str(error).partition("\n")[0]

@@ -287,13 +287,30 @@ def load_problems(source: str) -> list[str]:
     return [problem for problem in problems if fingerprint(problem) not in IN_MATH500]
 
 
-def batches(items: list[int], batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Batches without end: every epoch in a new order, less what does not fill its last batch."""
+def load_prompts(config: Config, tokenizer: Tokenizer) -> tuple[list[Ids], list[Ids]]:
+    """The student's prompt and the teacher's of each problem, less those that are too long.
+
+    Raises ValueError if too few are left for a batch.
+    """
+    problems, c = load_problems(config.data), instruction_text(config.instruction)
+    students = encode_chat(tokenizer, [student_prompt(x) for x in problems])
+    teachers = encode_chat(tokenizer, [teacher_prompt(x, c) for x in problems])
+    fits = [i for i, ids in enumerate(teachers) if len(ids) <= config.max_prompt_tokens]
+    if len(fits) < config.batch_size:
+        found = f"{len(fits)} problems of {config.data} are within --max_prompt_tokens"
+        raise ValueError(f"{found}, too few for --batch_size {config.batch_size}")
+    if RANK == 0:
+        print(f"{len(fits)} problems, {len(problems) - len(fits)} with too long prompts left out")
+    return [students[i] for i in fits], [teachers[i] for i in fits]
+
+
+def batches(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Batches of 0 ... count - 1 without end: every epoch in a new order, less its last part."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(len(items), generator=generator).tolist()
-        for start in range(0, len(items) - batch_size + 1, batch_size):
-            yield [items[i] for i in order[start : start + batch_size]]
+        order = torch.randperm(count, generator=generator).tolist()
+        for start in range(0, count - batch_size + 1, batch_size):
+            yield order[start : start + batch_size]
 
 
 # ---- Rollout -------------------------------------------------------------------------------------
@@ -580,6 +597,13 @@ class MasterAdamW:
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Writes or replaces a file; a kill or a full disk leaves no half of one."""
+    unfinished = file.with_name(f"{file.name}.unfinished-{RANK}")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
+
+
 def save(student: Model, teacher: Model, tokenizer: Tokenizer, config: Config, to: Path) -> None:
     """Writes an ordinary Hugging Face model directory, and run.json: configuration and versions."""
     student.save_pretrained(to)
@@ -587,7 +611,7 @@ def save(student: Model, teacher: Model, tokenizer: Tokenizer, config: Config, t
     teacher.generation_config.save_pretrained(to)  # as shipped; the student's is the rollout's
     versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
     run = {"config": asdict(config), "versions": versions | {"python": platform.python_version()}}
-    (to / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    write_whole(to / "run.json", json.dumps(run, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -640,7 +664,7 @@ def begin(config: Config) -> tuple[Model, Model, MasterAdamW, int]:
     found = [d for d in Path(config.output_dir).glob("step-*") if d.name[5:].isdecimal()]
     found = sorted(found, key=lambda d: -int(d.name[5:])) if config.resume else []
     for directory in found:
-        readable = 0
+        readable, student, teacher, saved = 0, None, None, None  # frees what was passed over
         try:
             with reading(directory):
                 before = json.loads((directory / "run.json").read_text())["config"]
@@ -711,14 +735,10 @@ def check_room(model: Model, config: Config, done: int) -> None:
         raise ValueError(f"--output_dir: {sizes}: raise --save_every or choose another")
 
 
-def start_log(config: Config, done: int) -> Path:
-    """metrics.jsonl, with the rows of the steps that are done and no more."""
-    log = Path(config.output_dir, "metrics.jsonl")
+def start_log(log: Path, done: int) -> None:
+    """Leaves in metrics.jsonl the rows of the steps that are done and no more."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    rows = log.read_text().splitlines(True)[:done] if done else []
-    unfinished = log.with_name("unfinished-metrics")  # a kill leaves no half a log
-    unfinished.write_text("".join(rows))
-    return unfinished.replace(log)
+    write_whole(log, "".join(log.read_text().splitlines(True)[:done]) if done else "")
 
 
 def keep_rollouts(
@@ -741,23 +761,34 @@ def keep_rollouts(
         tqdm.write(f"{text}\033[0m\n{file.stem}: from white, 0, to red, {most:.3f} nats")
 
 
+def catch_signals() -> list[float]:
+    """The list that will hold the time of the first Ctrl-C or SIGTERM; the next one raises.
+
+    Within a second they are the same: torchrun passes on what each rank may have got by itself.
+    """
+    caught = []
+
+    def catch(*_) -> None:
+        if not caught:
+            caught.append(time.monotonic())
+        elif time.monotonic() > caught[0] + 1:
+            raise KeyboardInterrupt("--resume goes on from the newest checkpoint")
+
+    signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
+    return caught
+
+
 def train(config: Config) -> None:
     """Algorithm 1. Raises ValueError for bad input, before it writes anything."""
+    log = Path(config.output_dir, "metrics.jsonl")
     check_output(config)
     if config.batch_size % RANKS:
         raise ValueError(f"--batch_size {config.batch_size} can't be shared by {RANKS} processes")
     tokenizer = load_tokenizer(config.model)
-    instruction = instruction_text(config.instruction)
-    problems = load_problems(config.data)
-    student_prompts = encode_chat(tokenizer, [student_prompt(x) for x in problems])
-    teacher_prompts = encode_chat(tokenizer, [teacher_prompt(x, instruction) for x in problems])
-    fits = [i for i, ids in enumerate(teacher_prompts) if len(ids) <= config.max_prompt_tokens]
-    if len(fits) < config.batch_size:
-        found = f"{len(fits)} problems of {config.data} are within --max_prompt_tokens"
-        raise ValueError(f"{found}, too few for --batch_size {config.batch_size}")
+    student_prompts, teacher_prompts = load_prompts(config, tokenizer)
     student, teacher, optimizer, done = begin(config)
-    fitting = [xs[i] for xs in (student_prompts, teacher_prompts) for i in fits]
-    check_length(student, fitting, config.max_new_tokens)
+    check_length(student, student_prompts + teacher_prompts, config.max_new_tokens)
     check_room(student, config, done)
 
     teacher.requires_grad_(False).eval()
@@ -770,19 +801,16 @@ def train(config: Config) -> None:
         max_new_tokens=config.max_new_tokens,
     )
     stop_ids = student.generation_config.eos_token_id
+    wait()  # all ranks have passed all checks
     if RANK == 0:
-        print(f"{len(fits)} problems, {len(problems) - len(fits)} with too long prompts left out")
         print(f"{done} of {config.steps} steps are done")
-        log = start_log(config, done)
-    skipped, signals = 0, []
-
-    def finish_step(number: int, _) -> None:
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
-
-    signal.signal(signal.SIGINT, finish_step)  # Ctrl-C
-    signal.signal(signal.SIGTERM, finish_step)
-    batch_of = itertools.islice(batches(fits, config.batch_size, config.seed), done, None)
+        start_log(log, done)
+    wait()
+    if not log.exists():
+        raise ValueError(f"--output_dir {config.output_dir} is not the same place for all ranks")
+    skipped, signals = 0, catch_signals()
+    order = batches(len(student_prompts), config.batch_size, config.seed)
+    order = itertools.islice(order, done, None)
     with tqdm(initial=done, total=config.steps, unit="step", disable=RANK > 0) as bar:
         for step in range(done + 1, config.steps + 1):
             # "if k mod M == 0: theta_bar <- theta"
@@ -791,7 +819,7 @@ def train(config: Config) -> None:
                 teacher.load_state_dict(student.state_dict())  # Eq. (2)
 
             # "sample a batch of B problems", of which each rank takes its share
-            batch = next(batch_of)[RANK::RANKS]
+            batch = next(order)[RANK::RANKS]
 
             # "one rollout y_i of each from the student"
             start = time.perf_counter()
@@ -871,21 +899,24 @@ def train(config: Config) -> None:
             save(student, teacher, tokenizer, config, log.parent)
 
 
+def claim_gpu() -> None:
+    """Makes this rank's GPU, if there are any, the current one. Raises ValueError if it can't."""
+    if CUDA:
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ValueError("this GPU has no bf16, which everything here is in on a GPU")
+        if DEVICE.index >= torch.cuda.device_count():
+            raise ValueError(f"rank {RANK} has no GPU: start {torch.cuda.device_count()} a node")
+        torch.cuda.set_device(DEVICE)
+        torch.set_float32_matmul_precision("high")  # TF32, for the gradient of the head
+
+
 def main() -> None:
     """Command line: a flag for each field of Config; @file reads flags from a file, one a line."""
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], fromfile_prefix_chars="@")
     arguments = parser.parse_args()
     try:
         config = Config(**vars(arguments))
-        if CUDA:
-            if not torch.cuda.is_bf16_supported(including_emulation=False):
-                raise ValueError("this GPU has no bf16, which everything here is in on a GPU")
-            if DEVICE.index >= torch.cuda.device_count():
-                raise ValueError(
-                    f"rank {RANK} has no GPU: start {torch.cuda.device_count()} a node"
-                )
-            torch.cuda.set_device(DEVICE)
-            torch.set_float32_matmul_precision("high")  # TF32, for the gradient of the head
+        claim_gpu()
         if RANKS > 1:
             limit = timedelta(days=1)  # one rank's rollouts may take much longer than another's
             dist.init_process_group("nccl" if CUDA else "gloo", timeout=limit)
