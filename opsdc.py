@@ -19,10 +19,10 @@ Algorithm 1
         sample a batch of B problems x_i
         sample one rollout y_i ~ pi_theta(. | x_i) of each
         q_t = pi_theta(. | x_i, y_i,<t), p_t = pi_theta_bar(. | x_i, c, y_i,<t) at every t
-        L_i = 1/|y_i| sum_t KL(q_t || p_t)                                               Eq. (1)
+        L_i = 1/|y_i| sum_t KL(q_t || p_t), the sum being                                Eq. (1)
         one optimizer step on 1/B sum_i L_i
 
-Departures, where the paper and its code disagree or a baseline needs more care than both take
+Choices, where the paper and its code disagree, and departures from both
     1. Normalisation: Eq. (1) sums over t, the code averages the tokens of micro-batches of two.
        Here, as in Algorithm 1, the mean of each completion, then of the batch.
     2. Refresh: before step k, as in the paper; the code refreshes after it, one step later.
@@ -32,6 +32,8 @@ Departures, where the paper and its code disagree or a baseline needs more care 
        the teacher's. The instructions have the paper's colons; the code has dashes.
     5. The sampled ids are trained on; the code decodes and encodes again, which can change them.
     6. Problems that are also in MATH-500 are left out; neither paper nor code mentions them.
+
+The method ends with `train`; what follows it is what a run of days needs besides.
 
     python opsdc.py @toy/args                 # a planted toy: CPU, no download, minutes
     python opsdc.py --model Qwen/Qwen3-8B     # the paper's setting
@@ -71,7 +73,6 @@ DTYPE = torch.bfloat16 if CUDA else torch.float32  # of weights and activations
 OPTIMIZER_FILE = f"optimizer-{RANK}-of-{RANKS}.pt"
 
 Ids = list[int]  # of tokens
-Floats = list[float]  # nats, one a token
 Model, Tokenizer = transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase
 
 
@@ -95,8 +96,8 @@ class Config:
     refresh_every: int = HfArg(default=50, help="M, in steps; 0 freezes the teacher")
     steps: int = HfArg(default=100, help="the paper converges near 100; an epoch is about 425")
     batch_size: int = HfArg(default=32, help="B, problems a step, one rollout each")
-    micro_batch_size: int = HfArg(default=1, help="rollouts a backward pass: memory, not result")
-    rollout_batch_size: int = HfArg(default=32, help="rollouts generated at once on a GPU: memory")
+    micro_batch_size: int = HfArg(default=1, help="rollouts a backward pass: memory only")
+    rollout_batch_size: int = HfArg(default=32, help="rollouts generated at once: memory")
     max_prompt_tokens: int = HfArg(default=1024, help="longer teacher prompts are left out")
     max_new_tokens: int = HfArg(default=8192, help="of a rollout; cut ones are trained on too")
     temperature: float = HfArg(default=1.0, help="of the rollout; the loss is always at 1")
@@ -106,7 +107,7 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="global L2 norm that gradients are clipped to")
     save_every: int = HfArg(default=50, help="steps between checkpoints; 0 saves only the end")
     seed: int = HfArg(default=0, help="of data order and sampling")
-    offload: bool = HfArg(default=False, help="keep fp32 weights and moments in host memory")
+    offload: bool = HfArg(default=False, help="keep AdamW's state in host memory")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in output_dir")
 
     def __post_init__(self) -> None:
@@ -188,84 +189,10 @@ def encode_chat(tokenizer: Tokenizer, prompts: list[str]) -> list[Ids]:
     )
 
 
-# ---- Reading: models, and problems, never answers ------------------------------------------------
+# ---- Data: problems, never answers ---------------------------------------------------------------
 
-
-@contextlib.contextmanager
-def reading(source: str | Path) -> Iterator[None]:
-    """Turns whatever a library raises over a bad source into a ValueError of one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        if isinstance(error, datasets.exceptions.DatasetGenerationError):
-            error = error.__cause__  # itself it says only that it happened
-        line = str(error).partition("\n")[0]
-        raise ValueError(f"{source} can't be read: {line}") from error
-
-
-def load_tokenizer(name: str) -> Tokenizer:
-    """A model's tokenizer. Raises ValueError unless it fits the model and has a chat template."""
-    with reading(name):
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        vocabulary = config.get_text_config().vocab_size
-        if len(tokenizer) > vocabulary or not all(encode_chat(tokenizer, ["1 + 1"])):
-            raise ValueError(f"{len(tokenizer)} tokens in its tokenizer, {vocabulary} in its model")
-    return tokenizer
-
-
-def load_model(name: str | Path) -> Model:
-    """A causal language model, in bf16 on a GPU and in fp32 on a CPU. Raises ValueError."""
-    with reading(name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPE, trust_remote_code=False)
-    return model.to(DEVICE)
-
-
-# The four problems that DAPO-Math shares with MATH-500, as `fingerprint` has them.
+# The four problems that DAPO-Math shares with MATH-500: hashes of their text without white space.
 IN_MATH500 = {"3361691622c4f773", "4384ad9cb9175c9f", "69c249395bcf1d7d", "f680069cf8b5a5ad"}
-
-
-def fingerprint(problem: str) -> str:
-    """Hash of a problem's text, white space aside."""
-    return hashlib.sha256("".join(problem.split()).encode()).hexdigest()[:16]
-
-
-def json_rows(file: str) -> list[dict]:
-    """The rows of a .jsonl file. Raises ValueError that names the first that is no JSON object."""
-    rows = []
-    for number, line in enumerate(open(file, encoding="utf-8"), 1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(f"row {number} is no JSON object")
-        rows += [row] if row else []
-    return rows
-
-
-def check_texts(source: str, column: str, cells: list) -> None:
-    """Raises ValueError that names the first row without a text."""
-    for number, cell in enumerate(cells, 1):
-        if not (isinstance(cell, str) and cell.strip()):
-            raise ValueError(f"{source}, row {number}: the {column} is {cell!r}, not a text")
-
-
-def load_rows(source: str, split: str = "train") -> datasets.Dataset:
-    """Rows of a .jsonl, .json or .parquet file, or of the split of a hub dataset.
-
-    Raises ValueError if there are none to be read.
-    """
-    builders = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    with reading(source):
-        suffix = Path(source).suffix
-        if suffix == ".jsonl" and not json_rows(source):
-            raise ValueError("it has no rows")
-        if builder := builders.get(suffix):
-            return datasets.load_dataset(builder, data_files=source, split="train")
-        return datasets.load_dataset(source, split=split)
 
 
 def load_problems(source: str) -> list[str]:
@@ -277,40 +204,42 @@ def load_problems(source: str) -> list[str]:
     rows = load_rows(source)
     column = next((c for c in ("problem", "question", "prompt") if c in rows.column_names), None)
     if column is None:
-        wanted = "problem, question or prompt"
-        raise ValueError(f"{source} has columns {rows.column_names}, none of them {wanted}")
+        raise ValueError(f"{source} has columns {rows.column_names}, no problem among them")
     with reading(source):
         texts = [c[-1]["content"] if c and isinstance(c, list) else c for c in rows[column]]
     check_texts(source, column, texts)
     prefix, suffix = student_prompt("\0").split("\0")
     problems = [text.removeprefix(prefix).removesuffix(suffix) for text in texts]
-    return [problem for problem in problems if fingerprint(problem) not in IN_MATH500]
+    hashes = [hashlib.sha256("".join(x.split()).encode()).hexdigest()[:16] for x in problems]
+    return [x for x, digest in zip(problems, hashes, strict=True) if digest not in IN_MATH500]
 
 
-def load_prompts(config: Config, tokenizer: Tokenizer) -> tuple[list[Ids], list[Ids]]:
-    """The student's prompt and the teacher's of each problem, less those that are too long.
+def load_prompts(config: Config, tokenizer: Tokenizer) -> list[tuple[Ids, Ids]]:
+    """Of each problem the student's prompt and the teacher's, less those that are too long.
 
     Raises ValueError if too few are left for a batch.
     """
-    problems, c = load_problems(config.data), instruction_text(config.instruction)
-    students = encode_chat(tokenizer, [student_prompt(x) for x in problems])
-    teachers = encode_chat(tokenizer, [teacher_prompt(x, c) for x in problems])
-    fits = [i for i, ids in enumerate(teachers) if len(ids) <= config.max_prompt_tokens]
-    if len(fits) < config.batch_size:
-        found = f"{len(fits)} problems of {config.data} are within --max_prompt_tokens"
+    problems, instruction = load_problems(config.data), instruction_text(config.instruction)
+    student_prompts = encode_chat(tokenizer, [student_prompt(x) for x in problems])
+    teacher_prompts = encode_chat(tokenizer, [teacher_prompt(x, instruction) for x in problems])
+    pairs = zip(student_prompts, teacher_prompts, strict=True)
+    prompts = [pair for pair in pairs if len(pair[1]) <= config.max_prompt_tokens]
+    if len(prompts) < config.batch_size:
+        found = f"{len(prompts)} problems of {config.data} are within --max_prompt_tokens"
         raise ValueError(f"{found}, too few for --batch_size {config.batch_size}")
     if RANK == 0:
-        print(f"{len(fits)} problems, {len(problems) - len(fits)} with too long prompts left out")
-    return [students[i] for i in fits], [teachers[i] for i in fits]
+        too_long = len(problems) - len(prompts)
+        print(f"{len(prompts)} problems, {too_long} with too long prompts left out")
+    return prompts
 
 
-def batches(count: int, batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Batches of 0 ... count - 1 without end: every epoch in a new order, less its last part."""
+def batches(items: list, batch_size: int, seed: int) -> Iterator[list]:
+    """Batches without end: every epoch in a new order, less what does not fill its last batch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        order = torch.randperm(count, generator=generator).tolist()
-        for start in range(0, count - batch_size + 1, batch_size):
-            yield order[start : start + batch_size]
+        order = torch.randperm(len(items), generator=generator).tolist()
+        for start in range(0, len(items) - batch_size + 1, batch_size):
+            yield [items[i] for i in order[start : start + batch_size]]
 
 
 # ---- Rollout -------------------------------------------------------------------------------------
@@ -329,7 +258,7 @@ def sampling_settings(shipped: GenerationConfig, **sampling: float) -> Generatio
         do_sample=True,
         eos_token_id=stop_ids,
         pad_token_id=stop_ids[0],
-        remove_invalid_values=True,  # of a broken model, whose updates are then skipped and counted
+        remove_invalid_values=True,  # a broken model can be sampled: its update is then skipped
         **sampling,
     )
 
@@ -342,16 +271,16 @@ def rollout(model: Model, prompts: list[Ids]) -> list[Ids]:
     at max_new_tokens has none.
     """
     rows = [torch.tensor(prompt) for prompt in prompts]
-    settings = model.generation_config
-    width = max(map(len, rows))  # P
+    ones = [torch.ones_like(row) for row in rows]
+    settings = model.generation_config  # which generate() samples by
     input_ids = pad_sequence(rows, True, settings.pad_token_id, padding_side="left")  # (B, P)
-    attention_mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])  # (B, P)
+    attention_mask = pad_sequence(ones, True, 0, padding_side="left")  # (B, P)
     model.eval()  # in training mode gradient checkpointing would switch the KV cache off
     output = model.generate(
         input_ids.to(model.device), attention_mask=attention_mask.to(model.device)
     )  # (B, P + T)
     completions = []
-    for ids in output[:, width:].tolist():
+    for ids in output[:, input_ids.shape[1] :].tolist():
         stops = [t for t, token in enumerate(ids) if token in settings.eos_token_id]
         completions.append(ids[: stops[0] + 1] if stops else ids)  # padding is what follows a stop
     return completions
@@ -407,18 +336,17 @@ def divergence(
         forward KL, KL(p || q):                  -p / q
     """
     q, p = student_logps.exp(), teacher_logps.exp()
+    if kind == "reverse_kl":
+        log_ratio = student_logps - teacher_logps
+        kl = (q * log_ratio).sum(-1)  # Eq. (1): KL(q || p)
+        return kl, q * (log_ratio - kl[:, None])
     if kind == "forward_kl":
         return (p * (teacher_logps - student_logps)).sum(-1), q - p
-    if kind == "reverse_kl":
-        g, rest = student_logps - teacher_logps, 0  # the log-ratio of Eq. (1)
-    else:
-        mixture_logps = torch.logaddexp(student_logps, teacher_logps) - math.log(2)
-        g, rest = (
-            (student_logps - mixture_logps) / 2,
-            (p * (teacher_logps - mixture_logps)).sum(-1) / 2,
-        )
-    expected_g = (q * g).sum(-1)
-    return expected_g + rest, q * (g - expected_g[:, None])
+    mixture_logps = torch.logaddexp(student_logps, teacher_logps) - math.log(2)
+    log_ratio = (student_logps - mixture_logps) / 2
+    student_half = (q * log_ratio).sum(-1)
+    teacher_half = (p * (teacher_logps - mixture_logps)).sum(-1) / 2
+    return student_half + teacher_half, q * (log_ratio - student_half[:, None])
 
 
 def project(hidden: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -467,68 +395,162 @@ class LinearDivergence(torch.autograd.Function):
                 statistic[1] = -(student_logps.exp() * student_logps).sum(-1)
                 statistic[2] = -(teacher_logps.exp() * teacher_logps).sum(-1)
                 torch.mul(gradient, weight[:, None], out=q_block)
-            torch.mm(q_chunk.to(student_head.dtype), student_head, out=grad_states[rows])
-            grad_head.addmm_(q_chunk.T, student_states[rows].float())
+            grad_logits = q_chunk  # which has been written over them
+            torch.mm(grad_logits.to(student_head.dtype), student_head, out=grad_states[rows])
+            grad_head.addmm_(grad_logits.T, student_states[rows].float())
         ctx.save_for_backward(grad_states, grad_head.to(student_head.dtype))
         ctx.mark_non_differentiable(statistics)
-        return statistics[0] @ weights, statistics  # Eq. (1), with the weights of Algorithm 1
+        return statistics[0] @ weights, statistics
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
-        grad_states, grad_head = ctx.saved_tensors
+        grad_states, grad_head = ctx.saved_tensors  # scaled in place: there is one backward
         return grad_states.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None
 
 
 def distillation_loss(
-    student: Model,
-    teacher: Model,
-    student_prompts: list[Ids],
-    teacher_prompts: list[Ids],
-    completions: list[Ids],
-    kind: str,
-    batch_size: int,
-) -> tuple[torch.Tensor, torch.Tensor, list[Floats]]:
+    student: Model, teacher: Model, triples: list[tuple[Ids, Ids, Ids]], kind: str, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor, list[list[float]]]:
     """What these completions add to 1/B sum_i 1/|y_i| sum_t D(q_t, p_t), B = batch_size; in nats.
 
-    Micro-batches add up, loss and gradient, to the batch's. Returns the loss, and without gradient
-    (3,) the same means of divergence, student entropy and teacher entropy, and every completion's
+    Triples of student's prompt, teacher's prompt and completion. Micro-batches add up, loss and
+    gradient, to the batch's. Returns the loss, and without gradient (3,) the same means of
+    divergence (again the loss), student entropy and teacher entropy, and every completion's
     divergences token by token.
     """
-    student_states = completion_states(student, student_prompts, completions)  # (T, H)
+    student_prompts, teacher_prompts, completions = zip(*triples, strict=True)
+    student_states = completion_states(student, student_prompts, completions)  # (T, H), of q_t
     with torch.no_grad():
-        teacher_states = completion_states(teacher, teacher_prompts, completions)  # (T, H)
+        teacher_states = completion_states(teacher, teacher_prompts, completions)  # of p_t
     weights = torch.tensor([1 / len(y) / batch_size for y in completions for _ in y])  # (T,)
     weights = weights.to(student.device)
+    student_head, teacher_head = (m.get_output_embeddings().weight for m in (student, teacher))
     loss, statistics = LinearDivergence.apply(
-        student_states,
-        student.get_output_embeddings().weight,
-        teacher_states,
-        teacher.get_output_embeddings().weight,
-        weights,
-        kind,
+        student_states, student_head, teacher_states, teacher_head, weights, kind
     )
     by_completion = statistics[0].split([len(y) for y in completions])
     return loss, statistics @ weights, [divergences.tolist() for divergences in by_completion]
 
 
+# ---- Training ------------------------------------------------------------------------------------
+
+
+def train(config: Config) -> None:
+    """Algorithm 1. Raises ValueError for bad input, before it writes into output_dir."""
+    log = Path(config.output_dir, "metrics.jsonl")
+    check_output(config)
+    if config.batch_size % RANKS:
+        raise ValueError(f"--batch_size {config.batch_size} can't be shared by {RANKS} processes")
+    tokenizer = load_tokenizer(config.model)
+    prompts = load_prompts(config, tokenizer)
+    student, teacher, optimizer, done = begin(config)  # theta_bar <- theta
+    check_length(student, [max(pair, key=len) for pair in prompts], config.max_new_tokens)
+    check_room(student, config, done)
+
+    teacher.requires_grad_(False)
+    student.activation_checkpointing_enable()
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    sampling["max_new_tokens"] = config.max_new_tokens
+    student.generation_config = sampling_settings(student.generation_config, **sampling)
+    stop_ids = student.generation_config.eos_token_id
+    wait()  # all ranks have passed all checks
+    if RANK == 0:
+        print(f"{done} of {config.steps} steps are done")
+        start_log(log, done)
+    skipped, signals = 0, catch_signals()
+    stream = itertools.islice(batches(prompts, config.batch_size, config.seed), done, None)
+    with tqdm(initial=done, total=config.steps, unit="step", disable=RANK > 0) as bar:
+        for step in range(done + 1, config.steps + 1):
+            # "if k mod M == 0: theta_bar <- theta"
+            refreshed = config.refresh_every > 0 and step % config.refresh_every == 0
+            if refreshed:
+                teacher.load_state_dict(student.state_dict())  # Eq. (2)
+
+            # "sample a batch of B problems", of which each rank takes its share
+            batch = next(stream)[RANK::RANKS]
+
+            # "one rollout y_i of each from the student"
+            start = time.perf_counter()
+            seed = (config.seed * 100_000 + step) * 1_000 + RANK
+            torch.manual_seed(seed)  # the same when resumed
+            completions = []
+            for first in range(0, len(batch), config.rollout_batch_size):
+                part = batch[first : first + config.rollout_batch_size]
+                completions += rollout(student, [x for x, _ in part])
+            rollout_seconds = time.perf_counter() - start
+
+            # "student and teacher logits on the same y_i; L_i = sum_t KL(q_t || p_t)"
+            start = time.perf_counter()
+            student.train()
+            means, divergences = torch.zeros(3, device=DEVICE), []
+            triples = [(x, x_c, y) for (x, x_c), y in zip(batch, completions, strict=True)]
+            triples.sort(key=lambda triple: len(triple[-1]))  # less padding
+            for first in range(0, len(triples), config.micro_batch_size):
+                part = triples[first : first + config.micro_batch_size]
+                micro_loss, micro_means, micro_divergences = distillation_loss(
+                    student, teacher, part, config.divergence, config.batch_size
+                )
+                micro_loss.backward()  # hands the gradient to the optimizer
+                means += micro_means
+                divergences += micro_divergences
+
+            # "one step on (1/B) sum_i L_i"
+            grad_norm = optimizer.step()
+            skipped = 0 if math.isfinite(grad_norm) else skipped + 1
+
+            cut = [y[-1] not in stop_ids for y in completions]
+            counts = [sum(map(len, completions)), sum(cut), len(signals)]
+            tokens, truncated, interrupted = all_sum(torch.tensor(counts, device=DEVICE)).tolist()
+            loss, student_entropy, teacher_entropy = all_sum(means).tolist()
+            metrics = {
+                "step": step,
+                "loss": loss,
+                "completion_tokens": tokens / config.batch_size,
+                "truncated": truncated / config.batch_size,
+                "student_entropy": student_entropy,
+                "teacher_entropy": teacher_entropy,
+                "grad_norm": grad_norm,
+                "skipped": skipped > 0,
+                "rollout_seconds": rollout_seconds,
+                "update_seconds": time.perf_counter() - start,
+                "tokens_per_second": tokens / rollout_seconds,
+                "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9,
+                "refreshed": refreshed,
+            }
+            bar.update()
+            shown = ("loss", "completion_tokens", "truncated", "student_entropy")
+            bar.set_postfix({name: metrics[name] for name in shown})
+            last = step == config.steps  # saved below, as a model and without what --resume needs
+            save_point = config.save_every > 0 and step % config.save_every == 0 and not last
+            if RANK == 0:
+                with log.open("a") as file:
+                    file.write(json.dumps(metrics) + "\n")
+                if step == 1 or save_point or last:
+                    nth = math.ceil(len(triples) / 4)  # at most four, from short to long
+                    kept = [y for _, _, y in triples[::nth]], divergences[::nth]
+                    keep_rollouts(log.with_name(f"rollouts-{step}.jsonl"), tokenizer, *kept)
+                if truncated == config.batch_size:
+                    bar.write(f"step {step}: every rollout was cut at --max_new_tokens", sys.stderr)
+            if save_point or interrupted or skipped == 3:
+                checkpoint(student, teacher, tokenizer, optimizer, config, step)
+            if skipped == 3:
+                raise SystemExit(
+                    "opsdc.py: three gradients in a row were not finite and their updates skipped: "
+                    f"look at the model, or at a lower --learning_rate; step {step} is saved"
+                )
+            if interrupted:
+                raise KeyboardInterrupt(f"step {step} is saved, --resume goes on")
+    if RANK == 0:
+        with saving(log.parent, config):
+            save(student, teacher, tokenizer, config, log.parent)
+
+
 # ---- Optimizer: fp32 behind bf16 weights, shared out over the ranks ------------------------------
 
 
-def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of the ranks' tensors, in place, on all of them."""
-    if RANKS > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def wait() -> None:
-    """Until all ranks are here."""
-    all_sum(torch.zeros(1, device=DEVICE)).item()
-
-
 class MasterAdamW:
-    """AdamW on fp32 masters of a model's weights: at 1e-6, AdamW on bf16 weights moves nothing.
+    """AdamW on fp32 masters of a model's weights: at 1e-6, next to no bf16 weight would move.
 
     Every rank holds all weights. Each weight has one owner, which keeps its master, gradient and
     moments, on its GPU or (--offload) in host memory. Backward hands every gradient to its owner,
@@ -536,23 +558,19 @@ class MasterAdamW:
     """
 
     def __init__(self, model: Model, config: Config) -> None:
-        self.weights, self.owner, self.masters = list(model.parameters()), {}, {}
-        load = [0] * RANKS  # numbers owned
-        for weight in sorted(self.weights, key=torch.numel, reverse=True):
-            self.owner[weight] = owner = load.index(min(load))
-            load[owner] += weight.numel()
+        self.owner, self.masters = {}, {}
+        owned = [0] * RANKS  # numbers
+        for weight in sorted(model.parameters(), key=torch.numel, reverse=True):
+            self.owner[weight] = owner = owned.index(min(owned))
+            owned[owner] += weight.numel()
             weight.register_post_accumulate_grad_hook(self.take_gradient)
             if owner == RANK:
                 place = "cpu" if config.offload else weight.device
                 self.masters[weight] = weight.detach().to(place, torch.float32, copy=True)
                 self.masters[weight].grad = torch.zeros_like(self.masters[weight])
         self.max_norm = config.max_grad_norm
-        self.adamw = torch.optim.AdamW(
-            self.masters.values(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+        self.adamw = torch.optim.AdamW(self.masters.values(), **options)
 
     def take_gradient(self, weight: torch.Tensor) -> None:
         """Adds the gradient that backward has just finished to its owner's, and frees it."""
@@ -566,9 +584,9 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self) -> float:
-        """Clips, updates the masters, rounds them into the weights; returns the norm unclipped.
+        """Clips, updates the masters, rounds them into the weights.
 
-        Nothing is updated if that is not finite.
+        Returns the gradient's norm before clipping; nothing is updated if that is not finite.
         """
         masters = list(self.masters.values())
         norm = torch.nn.utils.get_total_norm([master.grad for master in masters])
@@ -577,11 +595,11 @@ class MasterAdamW:
             torch.nn.utils.clip_grads_with_norm_(masters, self.max_norm, norm)
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=False)
-        for weight in self.weights:
-            if weight in self.masters:
+        for weight, owner in self.owner.items():
+            if owner == RANK:
                 weight.copy_(self.masters[weight])
             if RANKS > 1:
-                dist.broadcast(weight, self.owner[weight])
+                dist.broadcast(weight, owner)
         return norm.item()
 
     def state_dict(self) -> dict:
@@ -592,6 +610,33 @@ class MasterAdamW:
         for master, saved in zip(self.masters.values(), state["masters"], strict=True):
             master.copy_(saved)
         self.adamw.load_state_dict(state["adamw"])
+
+
+# ---- Ranks and their GPUs ------------------------------------------------------------------------
+
+
+def claim_gpu() -> None:
+    """Makes this rank's GPU, if there are any, the current one. Raises ValueError if it can't."""
+    if CUDA:
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ValueError("this GPU has no bf16, which everything here is in on a GPU")
+        if DEVICE.index >= torch.cuda.device_count():
+            raise ValueError(f"rank {RANK} has no GPU: start {torch.cuda.device_count()} a node")
+        torch.cuda.set_device(DEVICE)
+        torch.set_float32_matmul_precision("high")  # TF32, for the gradient of the head
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of the ranks' tensors, in place, on all of them."""
+    if RANKS > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def wait() -> None:
+    """Until all ranks are here."""
+    if RANKS > 1:
+        dist.barrier()
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -650,9 +695,9 @@ def checkpoint(
         wait()  # no rank ends before
 
 
-# When resuming. The rest decides what is learned, this how long, how fast and where it is kept.
-MAY_CHANGE = {"output_dir", "steps", "save_every", "offload", "resume"}
-MAY_CHANGE |= {"micro_batch_size", "rollout_batch_size"}
+# When resuming: how long, how fast, in how much memory and where. The rest decides what is learned.
+MAY_CHANGE = {"output_dir", "steps", "save_every", "offload", "resume", "micro_batch_size"}
+MAY_CHANGE.add("rollout_batch_size")  # which draws other samples of the same distribution
 
 
 def begin(config: Config) -> tuple[Model, Model, MasterAdamW, int]:
@@ -661,15 +706,16 @@ def begin(config: Config) -> tuple[Model, Model, MasterAdamW, int]:
     That is none, or with --resume what the newest checkpoint holds that can be read. Raises
     ValueError if none of them can, or if it is of a run with another configuration.
     """
-    found = [d for d in Path(config.output_dir).glob("step-*") if d.name[5:].isdecimal()]
-    found = sorted(found, key=lambda d: -int(d.name[5:])) if config.resume else []
-    for directory in found:
+    found = Path(config.output_dir).glob("step-*") if config.resume else []
+    steps = [int(d.name[5:]) for d in found if d.name[5:].isdecimal()]
+    for step in sorted(steps, reverse=True):
+        directory = Path(config.output_dir, f"step-{step}")
         readable, student, teacher, saved = 0, None, None, None  # frees what was passed over
         try:
             with reading(directory):
                 before = json.loads((directory / "run.json").read_text())["config"]
-                options = {"map_location": "cpu", "mmap": True, "weights_only": True}
-                saved = torch.load(directory / OPTIMIZER_FILE, **options)
+                file = directory / OPTIMIZER_FILE
+                saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
             student, teacher = load_model(directory), load_model(directory / "teacher")
             readable = 1
         except ValueError as error:  # the checkpoint before may be whole
@@ -681,8 +727,8 @@ def begin(config: Config) -> tuple[Model, Model, MasterAdamW, int]:
                 raise ValueError(f"{directory} was made with --{name} {before[name]}")
         optimizer = MasterAdamW(student, config)
         optimizer.load_state_dict(saved)
-        return student, teacher, optimizer, int(directory.name[5:])
-    if found:
+        return student, teacher, optimizer, step
+    if steps:
         raise ValueError(f"{config.output_dir} has no checkpoint for {RANKS} rank(s) to go on from")
     student, teacher = load_model(config.model), load_model(config.model)  # theta_bar <- theta
     ids, head = torch.arange(8, device=DEVICE)[None], student.get_output_embeddings().weight
@@ -693,7 +739,79 @@ def begin(config: Config) -> tuple[Model, Model, MasterAdamW, int]:
     return student, teacher, MasterAdamW(student, config), 0
 
 
-# ---- Training ------------------------------------------------------------------------------------
+# ---- Reading: models and rows, or one line that says what is wrong -------------------------------
+
+
+@contextlib.contextmanager
+def reading(source: str | Path) -> Iterator[None]:
+    """Turns whatever a library raises over a bad source into a ValueError of one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+            error = error.__cause__  # itself it says only that it happened
+        line = str(error).partition("\n")[0]
+        raise ValueError(f"{source} can't be read: {line}") from error
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """A model's tokenizer. Raises ValueError unless it fits the model and has a chat template."""
+    with reading(name):
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        vocabulary = config.get_text_config().vocab_size
+        if len(tokenizer) > vocabulary or not all(encode_chat(tokenizer, ["1 + 1"])):
+            raise ValueError(f"{len(tokenizer)} tokens in its tokenizer, {vocabulary} in its model")
+    return tokenizer
+
+
+def load_model(name: str | Path) -> Model:
+    """A causal language model, in DTYPE on DEVICE. Raises ValueError if it can't be read."""
+    with reading(name):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPE, trust_remote_code=False)
+    return model.to(DEVICE)
+
+
+def json_rows(file: str) -> list[dict]:
+    """The rows of a .jsonl file. Raises ValueError that names the first that is no JSON object."""
+    rows = []
+    for number, line in enumerate(open(file, encoding="utf-8"), 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is no JSON object")
+        rows += [row] if row else []
+    if not rows:
+        raise ValueError("it has no rows")
+    return rows
+
+
+def check_texts(source: str, column: str, cells: list) -> None:
+    """Raises ValueError that names the first row without a text."""
+    for number, cell in enumerate(cells, 1):
+        if not (isinstance(cell, str) and cell.strip()):
+            raise ValueError(f"{source}, row {number}: the {column} is {cell!r}, not a text")
+
+
+def load_rows(source: str, split: str = "train") -> datasets.Dataset:
+    """Rows of a .jsonl, .json or .parquet file, or of the split of a hub dataset.
+
+    Raises ValueError if there are none to be read.
+    """
+    suffix = Path(source).suffix
+    with reading(source):
+        if suffix == ".jsonl":
+            return datasets.Dataset.from_list(json_rows(source))
+        if suffix in (".json", ".parquet"):
+            return datasets.load_dataset(suffix[1:], data_files=source, split="train")
+        return datasets.load_dataset(source, split=split)
+
+
+# ---- Checks, log, interruption -------------------------------------------------------------------
 
 
 def check_length(model: Model, prompts: list[Ids], max_new_tokens: int) -> None:
@@ -701,23 +819,13 @@ def check_length(model: Model, prompts: list[Ids], max_new_tokens: int) -> None:
     longest = max(map(len, prompts)) + max_new_tokens
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     if longest > positions:
-        name = model.name_or_path
-        raise ValueError(
-            f"prompt + --max_new_tokens is {longest}, but {name} has {positions} positions"
-        )
-
-
-def existing(directory: str) -> Path:
-    """The directory itself, or the nearest one above it that exists."""
-    path = Path(directory).absolute()
-    return next(p for p in (path, *path.parents) if p.exists())
+        room = f"{model.name_or_path} has {positions} positions"
+        raise ValueError(f"prompt + --max_new_tokens is {longest}, but {room}")
 
 
 def check_output(config: Config) -> None:
-    """Raises ValueError if output_dir holds another run or can't be written."""
-    output_dir, parent = Path(config.output_dir), existing(config.output_dir)
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise ValueError(f"--output_dir {output_dir} can't be written: look at {parent}")
+    """Raises ValueError if output_dir holds another run."""
+    output_dir = Path(config.output_dir)
     if (output_dir / "metrics.jsonl").exists() and not config.resume:
         raise ValueError(f"{output_dir} holds a run: --resume it or choose another --output_dir")
     if (output_dir / "run.json").exists():  # the last file that a run writes
@@ -728,9 +836,10 @@ def check_room(model: Model, config: Config, done: int) -> None:
     """Raises ValueError if the disk lacks the room for all that this run will save."""
     numbers, every = sum(weight.numel() for weight in model.parameters()), config.save_every
     checkpoints = (config.steps - 1) // every - done // every if every else 0
-    models = 1 + 2 * checkpoints  # each checkpoint has the teacher too, and fp32 for AdamW
+    models = 1 + 2 * checkpoints  # a checkpoint has student and teacher, and AdamW's fp32 thrice
     need = numbers * (models * DTYPE.itemsize + checkpoints * 3 * torch.float32.itemsize)
-    if need > (free := shutil.disk_usage(existing(config.output_dir)).free):
+    places = (Path(config.output_dir, "any").absolute()).parents
+    if need > (free := shutil.disk_usage(next(p for p in places if p.exists())).free):
         sizes = f"the run will save {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
         raise ValueError(f"--output_dir: {sizes}: raise --save_every or choose another")
 
@@ -742,7 +851,7 @@ def start_log(log: Path, done: int) -> None:
 
 
 def keep_rollouts(
-    file: Path, tokenizer: Tokenizer, completions: list[Ids], divergences: list[Floats]
+    file: Path, tokenizer: Tokenizer, completions: list[Ids], divergences: list[list[float]]
 ) -> None:
     """Keeps rollouts with the divergence of every token, in nats: what the teacher wants gone.
 
@@ -779,135 +888,7 @@ def catch_signals() -> list[float]:
     return caught
 
 
-def train(config: Config) -> None:
-    """Algorithm 1. Raises ValueError for bad input, before it writes anything."""
-    log = Path(config.output_dir, "metrics.jsonl")
-    check_output(config)
-    if config.batch_size % RANKS:
-        raise ValueError(f"--batch_size {config.batch_size} can't be shared by {RANKS} processes")
-    tokenizer = load_tokenizer(config.model)
-    student_prompts, teacher_prompts = load_prompts(config, tokenizer)
-    student, teacher, optimizer, done = begin(config)
-    check_length(student, student_prompts + teacher_prompts, config.max_new_tokens)
-    check_room(student, config, done)
-
-    teacher.requires_grad_(False).eval()
-    student.activation_checkpointing_enable()
-    student.generation_config = sampling_settings(
-        student.generation_config,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=0,
-        max_new_tokens=config.max_new_tokens,
-    )
-    stop_ids = student.generation_config.eos_token_id
-    wait()  # all ranks have passed all checks
-    if RANK == 0:
-        print(f"{done} of {config.steps} steps are done")
-        start_log(log, done)
-    wait()
-    if not log.exists():
-        raise ValueError(f"--output_dir {config.output_dir} is not the same place for all ranks")
-    skipped, signals = 0, catch_signals()
-    order = batches(len(student_prompts), config.batch_size, config.seed)
-    order = itertools.islice(order, done, None)
-    with tqdm(initial=done, total=config.steps, unit="step", disable=RANK > 0) as bar:
-        for step in range(done + 1, config.steps + 1):
-            # "if k mod M == 0: theta_bar <- theta"
-            refreshed = config.refresh_every > 0 and step % config.refresh_every == 0
-            if refreshed:
-                teacher.load_state_dict(student.state_dict())  # Eq. (2)
-
-            # "sample a batch of B problems", of which each rank takes its share
-            batch = next(order)[RANK::RANKS]
-
-            # "one rollout y_i of each from the student"
-            start = time.perf_counter()
-            seed = (config.seed * 100_000 + step) * 1_000 + RANK
-            torch.manual_seed(seed)  # the same when resumed
-            completions = []
-            for first in range(0, len(batch), config.rollout_batch_size):
-                part = batch[first : first + config.rollout_batch_size]
-                completions += rollout(student, [student_prompts[i] for i in part])
-            rollout_seconds = time.perf_counter() - start
-
-            # "student and teacher logits on the same y_i; L_i = sum_t KL(q_t || p_t)"
-            start = time.perf_counter()
-            student.train()
-            means, divergences = torch.zeros(3, device=DEVICE), []
-            by_length = sorted(zip(completions, batch, strict=True), key=lambda pair: len(pair[0]))
-            for first in range(0, len(batch), config.micro_batch_size):
-                part = by_length[first : first + config.micro_batch_size]
-                ys, which = zip(*part, strict=True)
-                prompts = [[xs[i] for i in which] for xs in (student_prompts, teacher_prompts)]
-                micro_loss, micro_means, micro_divergences = distillation_loss(
-                    student, teacher, *prompts, ys, config.divergence, config.batch_size
-                )
-                micro_loss.backward()
-                means += micro_means
-                divergences += micro_divergences
-
-            # "one step on (1/B) sum_i L_i"
-            grad_norm = optimizer.step()
-            skipped = 0 if math.isfinite(grad_norm) else skipped + 1
-
-            cut = [y[-1] not in stop_ids for y in completions]
-            counts = [sum(map(len, completions)), sum(cut), len(signals)]
-            tokens, truncated, interrupted = all_sum(torch.tensor(counts, device=DEVICE)).tolist()
-            loss, student_entropy, teacher_entropy = all_sum(means).tolist()
-            metrics = {
-                "step": step,
-                "loss": loss,
-                "completion_tokens": tokens / config.batch_size,
-                "truncated": truncated / config.batch_size,
-                "student_entropy": student_entropy,
-                "teacher_entropy": teacher_entropy,
-                "grad_norm": grad_norm,
-                "skipped": skipped > 0,
-                "rollout_seconds": rollout_seconds,
-                "update_seconds": time.perf_counter() - start,
-                "tokens_per_second": tokens / rollout_seconds,
-                "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9,
-                "refreshed": refreshed,
-            }
-            bar.update()
-            bar.set_postfix_str(
-                f"{metrics['completion_tokens']:.0f} tokens, {metrics['truncated']:.0%} cut, "
-                f"loss {loss:.4f}, entropy {student_entropy:.2f}"
-            )
-            save_point = config.save_every > 0 and step % config.save_every == 0
-            if RANK == 0:
-                with log.open("a") as file:
-                    file.write(json.dumps(metrics) + "\n")
-                if step == 1 or save_point or step == config.steps:
-                    some = slice(None, None, math.ceil(len(batch) / 4))  # <= 4, short to long
-                    kept = [y for y, _ in by_length[some]], divergences[some]
-                    keep_rollouts(log.with_name(f"rollouts-{step}.jsonl"), tokenizer, *kept)
-                if truncated == config.batch_size:
-                    bar.write(f"step {step}: every rollout was cut at --max_new_tokens", sys.stderr)
-            if (step < config.steps and (save_point or interrupted)) or skipped == 3:
-                checkpoint(student, teacher, tokenizer, optimizer, config, step)
-            if skipped == 3:
-                raise SystemExit(
-                    "opsdc.py: three gradients in a row were not finite and their updates skipped: "
-                    f"look at the model, or at a lower --learning_rate; step {step} is saved"
-                )
-            if step < config.steps and interrupted:
-                raise KeyboardInterrupt(f"step {step} is saved, --resume goes on")
-    if RANK == 0:
-        with saving(log.parent, config):
-            save(student, teacher, tokenizer, config, log.parent)
-
-
-def claim_gpu() -> None:
-    """Makes this rank's GPU, if there are any, the current one. Raises ValueError if it can't."""
-    if CUDA:
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ValueError("this GPU has no bf16, which everything here is in on a GPU")
-        if DEVICE.index >= torch.cuda.device_count():
-            raise ValueError(f"rank {RANK} has no GPU: start {torch.cuda.device_count()} a node")
-        torch.cuda.set_device(DEVICE)
-        torch.set_float32_matmul_precision("high")  # TF32, for the gradient of the head
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def main() -> None:

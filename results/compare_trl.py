@@ -139,12 +139,11 @@ def run_opsdc(model: Path, count: int, length: int, steps: int) -> Watch:
     texts = zip(*map(prompts, PROBLEMS[:count]), strict=True)
     encoded = [opsdc.encode_chat(tokenizer, list(side)) for side in texts]
     rollouts = completions(count, length, student.config.vocab_size)
+    triples = list(zip(*encoded, rollouts, strict=True))
     watch = Watch()
     for _ in range(steps):
         watch.on_step_begin()
-        loss, _, _ = opsdc.distillation_loss(
-            student, teacher, *encoded, rollouts, "reverse_kl", count
-        )
+        loss, _, _ = opsdc.distillation_loss(student, teacher, triples, "reverse_kl", count)
         loss.backward()
         if optimizer:
             optimizer.step()
