@@ -686,7 +686,8 @@ def main() -> None:
     models, responses = arguments.pop("models"), arguments.pop("responses")
     output_dir = Path(arguments.pop("output_dir"))
     try:
-        claim_gpu()
+        if models:
+            claim_gpu()
         evaluate(models, responses, output_dir, Settings(**arguments))
     except (ValueError, OSError) as error:
         message = str(error).partition("\n")[0]

@@ -33,7 +33,8 @@ Choices, where the paper and its code disagree, and departures from both
     5. The sampled ids are trained on; the code decodes and encodes again, which can change them.
     6. Problems that are also in MATH-500 are left out; neither paper nor code mentions them.
 
-The method ends with `train`; what follows it is what a run of days needs besides.
+The method reads down to `train`. Below it stands what that calls on: AdamW on fp32 masters, ranks,
+checkpoints, reading, checks.
 
     python opsdc.py @toy/args                 # a planted toy: CPU, no download, minutes
     python opsdc.py --model Qwen/Qwen3-8B     # the paper's setting
@@ -70,7 +71,6 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32  # of weights and activations
-OPTIMIZER_FILE = f"optimizer-{RANK}-of-{RANKS}.pt"
 
 Ids = list[int]  # of tokens
 Model, Tokenizer = transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase
@@ -204,7 +204,8 @@ def load_problems(source: str) -> list[str]:
     rows = load_rows(source)
     column = next((c for c in ("problem", "question", "prompt") if c in rows.column_names), None)
     if column is None:
-        raise ValueError(f"{source} has columns {rows.column_names}, no problem among them")
+        wanted = "problem, question or prompt"
+        raise ValueError(f"{source} has columns {rows.column_names}, none of them {wanted}")
     with reading(source):
         texts = [c[-1]["content"] if c and isinstance(c, list) else c for c in rows[column]]
     check_texts(source, column, texts)
@@ -258,7 +259,7 @@ def sampling_settings(shipped: GenerationConfig, **sampling: float) -> Generatio
         do_sample=True,
         eos_token_id=stop_ids,
         pad_token_id=stop_ids[0],
-        remove_invalid_values=True,  # a broken model can be sampled: its update is then skipped
+        remove_invalid_values=True,  # lets a broken model sample; its update is then skipped
         **sampling,
     )
 
@@ -338,7 +339,7 @@ def divergence(
     q, p = student_logps.exp(), teacher_logps.exp()
     if kind == "reverse_kl":
         log_ratio = student_logps - teacher_logps
-        kl = (q * log_ratio).sum(-1)  # Eq. (1): KL(q || p)
+        kl = (q * log_ratio).sum(-1)  # KL(q || p), which Eq. (1) sums over t
         return kl, q * (log_ratio - kl[:, None])
     if kind == "forward_kl":
         return (p * (teacher_logps - student_logps)).sum(-1), q - p
@@ -395,12 +396,12 @@ class LinearDivergence(torch.autograd.Function):
                 statistic[1] = -(student_logps.exp() * student_logps).sum(-1)
                 statistic[2] = -(teacher_logps.exp() * teacher_logps).sum(-1)
                 torch.mul(gradient, weight[:, None], out=q_block)
-            grad_logits = q_chunk  # which has been written over them
+            grad_logits = q_chunk  # block by block they were written over the logits
             torch.mm(grad_logits.to(student_head.dtype), student_head, out=grad_states[rows])
             grad_head.addmm_(grad_logits.T, student_states[rows].float())
         ctx.save_for_backward(grad_states, grad_head.to(student_head.dtype))
         ctx.mark_non_differentiable(statistics)
-        return statistics[0] @ weights, statistics
+        return statistics[0] @ weights, statistics  # Eq. (1), with the weights of Algorithm 1
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -414,8 +415,8 @@ def distillation_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, list[list[float]]]:
     """What these completions add to 1/B sum_i 1/|y_i| sum_t D(q_t, p_t), B = batch_size; in nats.
 
-    Triples of student's prompt, teacher's prompt and completion. Micro-batches add up, loss and
-    gradient, to the batch's. Returns the loss, and without gradient (3,) the same means of
+    A triple is the student's prompt, the teacher's and the completion. Micro-batches add up, loss
+    and gradient, to the batch's. Returns the loss, and without gradient (3,) the same means of
     divergence (again the loss), student entropy and teacher entropy, and every completion's
     divergences token by token.
     """
@@ -445,19 +446,21 @@ def train(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     prompts = load_prompts(config, tokenizer)
     student, teacher, optimizer, done = begin(config)  # theta_bar <- theta
-    check_length(student, [max(pair, key=len) for pair in prompts], config.max_new_tokens)
+    check_length(student, [ids for pair in prompts for ids in pair], config.max_new_tokens)
     check_room(student, config, done)
 
-    teacher.requires_grad_(False)
+    teacher.requires_grad_(False)  # and in evaluation mode, as it was loaded
     student.activation_checkpointing_enable()
     sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    sampling["max_new_tokens"] = config.max_new_tokens
-    student.generation_config = sampling_settings(student.generation_config, **sampling)
+    student.generation_config = sampling_settings(
+        student.generation_config, max_new_tokens=config.max_new_tokens, **sampling
+    )
     stop_ids = student.generation_config.eos_token_id
     wait()  # all ranks have passed all checks
     if RANK == 0:
         print(f"{done} of {config.steps} steps are done")
         start_log(log, done)
+    wait()  # it could be written; until here a signal ends a rank at once
     skipped, signals = 0, catch_signals()
     stream = itertools.islice(batches(prompts, config.batch_size, config.seed), done, None)
     with tqdm(initial=done, total=config.steps, unit="step", disable=RANK > 0) as bar:
@@ -519,9 +522,12 @@ def train(config: Config) -> None:
                 "refreshed": refreshed,
             }
             bar.update()
-            shown = ("loss", "completion_tokens", "truncated", "student_entropy")
-            bar.set_postfix({name: metrics[name] for name in shown})
+            bar.set_postfix_str(
+                f"{metrics['completion_tokens']:.0f} tokens, {metrics['truncated']:.0%} cut, "
+                f"loss {loss:.4f}, entropy {student_entropy:.2f}"
+            )
             last = step == config.steps  # saved below, as a model and without what --resume needs
+            interrupted = interrupted and not last
             save_point = config.save_every > 0 and step % config.save_every == 0 and not last
             if RANK == 0:
                 with log.open("a") as file:
@@ -634,12 +640,14 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def wait() -> None:
-    """Until all ranks are here."""
+    """Returns when all ranks have called it."""
     if RANKS > 1:
         dist.barrier()
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
+
+OPTIMIZER_FILE = f"optimizer-{RANK}-of-{RANKS}.pt"
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -697,7 +705,7 @@ def checkpoint(
 
 # When resuming: how long, how fast, in how much memory and where. The rest decides what is learned.
 MAY_CHANGE = {"output_dir", "steps", "save_every", "offload", "resume", "micro_batch_size"}
-MAY_CHANGE.add("rollout_batch_size")  # which draws other samples of the same distribution
+MAY_CHANGE |= {"rollout_batch_size"}  # though other samples of the same distribution are drawn
 
 
 def begin(config: Config) -> tuple[Model, Model, MasterAdamW, int]:
@@ -802,12 +810,12 @@ def load_rows(source: str, split: str = "train") -> datasets.Dataset:
 
     Raises ValueError if there are none to be read.
     """
-    suffix = Path(source).suffix
+    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
     with reading(source):
-        if suffix == ".jsonl":
-            return datasets.Dataset.from_list(json_rows(source))
-        if suffix in (".json", ".parquet"):
-            return datasets.load_dataset(suffix[1:], data_files=source, split="train")
+        if source.endswith(".jsonl"):
+            json_rows(source)  # raises with the number of a bad row, which datasets counts from 0
+        if kind := kinds.get(Path(source).suffix):
+            return datasets.load_dataset(kind, data_files=source, split="train")
         return datasets.load_dataset(source, split=split)
 
 
@@ -835,10 +843,10 @@ def check_output(config: Config) -> None:
 def check_room(model: Model, config: Config, done: int) -> None:
     """Raises ValueError if the disk lacks the room for all that this run will save."""
     numbers, every = sum(weight.numel() for weight in model.parameters()), config.save_every
-    checkpoints = (config.steps - 1) // every - done // every if every else 0
+    checkpoints = max(0, (config.steps - 1) // every - done // every) if every else 0
     models = 1 + 2 * checkpoints  # a checkpoint has student and teacher, and AdamW's fp32 thrice
     need = numbers * (models * DTYPE.itemsize + checkpoints * 3 * torch.float32.itemsize)
-    places = (Path(config.output_dir, "any").absolute()).parents
+    places = Path(config.output_dir, "any").absolute().parents  # output_dir and all above it
     if need > (free := shutil.disk_usage(next(p for p in places if p.exists())).free):
         sizes = f"the run will save {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
         raise ValueError(f"--output_dir: {sizes}: raise --save_every or choose another")
@@ -871,17 +879,18 @@ def keep_rollouts(
 
 
 def catch_signals() -> list[float]:
-    """The list that will hold the time of the first Ctrl-C or SIGTERM; the next one raises.
+    """The list that will hold the times of Ctrl-C and SIGTERM; each after the first raises.
 
     Within a second they are the same: torchrun passes on what each rank may have got by itself.
     """
     caught = []
 
     def catch(*_) -> None:
-        if not caught:
-            caught.append(time.monotonic())
-        elif time.monotonic() > caught[0] + 1:
-            raise KeyboardInterrupt("--resume goes on from the newest checkpoint")
+        if caught and time.monotonic() < caught[-1] + 1:
+            return
+        caught.append(time.monotonic())
+        if len(caught) > 1:
+            raise KeyboardInterrupt("--resume goes on from the newest checkpoint, if there is one")
 
     signal.signal(signal.SIGINT, catch)
     signal.signal(signal.SIGTERM, catch)
@@ -900,7 +909,8 @@ def main() -> None:
         claim_gpu()
         if RANKS > 1:
             limit = timedelta(days=1)  # one rank's rollouts may take much longer than another's
-            dist.init_process_group("nccl" if CUDA else "gloo", timeout=limit)
+            engine, device = ("nccl", DEVICE) if CUDA else ("gloo", None)
+            dist.init_process_group(engine, timeout=limit, device_id=device)
         train(config)
     except (ValueError, OSError) as error:
         message = str(error).partition("\n")[0]
