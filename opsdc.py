@@ -94,7 +94,7 @@ class Config:
         default="reverse_kl", help="reverse_kl is KL(student || teacher)"
     )
     refresh_every: int = HfArg(default=50, help="M, in steps; 0 freezes the teacher")
-    steps: int = HfArg(default=100, help="the paper converges near 100; an epoch is about 425")
+    steps: int = HfArg(default=100, help="the paper converges near 100, in an epoch of about 425")
     batch_size: int = HfArg(default=32, help="B, problems a step, one rollout each")
     micro_batch_size: int = HfArg(default=1, help="rollouts a backward pass: memory only")
     rollout_batch_size: int = HfArg(default=32, help="rollouts generated at once: memory")
