@@ -861,7 +861,7 @@ def start_log(log: Path, done: int) -> None:
 def keep_rollouts(
     file: Path, tokenizer: Tokenizer, completions: list[Ids], divergences: list[list[float]]
 ) -> None:
-    """Keeps rollouts with the divergence of every token, in nats: what the teacher wants gone.
+    """Keeps rollouts with the divergence of every token, in nats: where the teacher disagrees.
 
     Prints the first one on a terminal, its tokens from white to red where the divergence is most.
     """
