@@ -451,7 +451,7 @@ def draw_trade(found: Found, study: Study, file: Path) -> None:
     xs = [mean(found, f"{LONG} {step}", "reduced, %") for step in points]
     ys = [mean(found, f"{LONG} {step}", "accuracy, %") for step in points]
     right.plot(xs, ys, "o-", color=BLUE, markersize=4)
-    for step, x, y in zip(points, xs, ys, strict=True):
+    for step, x, y in list(zip(points, xs, ys, strict=True))[1::2]:  # all would overlap
         right.annotate(
             f"step {step}", (x, y), (3, 3), textcoords="offset points", size=6, color=INK
         )
