@@ -7,7 +7,7 @@ One kill in five falls at random into the first four seconds of a process (impor
 others into the second after its work has begun: into a rollout, an update, a save, a row of a file.
 After each kill: opsdc.py has lost at most the step in progress, eval.py no sample of a finished
 batch, and holds none twice. At the end all files are the same as those of the undisturbed run, the
-times in metrics.jsonl aside. About ten minutes each.
+times in metrics.jsonl aside. Five to seven minutes each.
 """
 
 import json
