@@ -61,6 +61,7 @@ from opsdc import (
     sampling_settings,
     student_prompt,
     teacher_prompt,
+    wait,
     write_whole,
 )
 
@@ -250,7 +251,8 @@ def serve_comparisons(pipe: Connection, limit: float) -> None:
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the evaluation, the pipe's owner
     with contextlib.suppress(ValueError, OSError):  # not every system has this limit
-        held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        pages = Path("/proc/self/statm")  # of Linux
+        held = int(pages.read_text().split()[5]) * resource.getpagesize() if pages.exists() else 0
         limits = held + WORKER_MEMORY, resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_DATA, limits)
     pipe.send("ready")
@@ -638,8 +640,7 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
     records.touch()
     whole = records.read_bytes().rpartition(b"\n")
     done = {key(row) for row in recorded(output_dir)}
-    if RANKS > 1:
-        torch.distributed.barrier()  # all have read before any writes
+    wait()  # all have read before any writes
     os.truncate(records, len(whole[0] + whole[1]))  # a row that a kill had cut short goes
 
     answers = {
@@ -666,8 +667,7 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
             tokens += sum(row["tokens"] for row in rows)
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
             bar.update(len(rows))
-    if RANKS > 1:
-        torch.distributed.barrier()
+    wait()
     if RANK == 0:
         summary = summarize(recorded(output_dir), candidates, benchmarks, settings.samples)
         write_whole(output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -438,7 +438,11 @@ def distillation_loss(
 
 
 def train(config: Config) -> None:
-    """Algorithm 1. Raises ValueError for bad input, before it writes into output_dir."""
+    """Algorithm 1. Raises ValueError for bad input, before it writes into output_dir.
+
+    Raises KeyboardInterrupt after a signal, SystemExit if a checkpoint can't be written or three
+    gradients in a row are not finite.
+    """
     log = Path(config.output_dir, "metrics.jsonl")
     check_output(config)
     if config.batch_size % RANKS:
@@ -831,9 +835,17 @@ def check_length(model: Model, prompts: list[Ids], max_new_tokens: int) -> None:
         raise ValueError(f"prompt + --max_new_tokens is {longest}, but {room}")
 
 
+def existing(directory: str) -> Path:
+    """The directory itself, or the nearest one above it that exists."""
+    path = Path(directory).absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
 def check_output(config: Config) -> None:
-    """Raises ValueError if output_dir holds another run."""
-    output_dir = Path(config.output_dir)
+    """Raises ValueError if output_dir holds another run or can't be written."""
+    output_dir, parent = Path(config.output_dir), existing(config.output_dir)
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ValueError(f"--output_dir {output_dir} can't be written: look at {parent}")
     if (output_dir / "metrics.jsonl").exists() and not config.resume:
         raise ValueError(f"{output_dir} holds a run: --resume it or choose another --output_dir")
     if (output_dir / "run.json").exists():  # the last file that a run writes
@@ -846,8 +858,7 @@ def check_room(model: Model, config: Config, done: int) -> None:
     checkpoints = max(0, (config.steps - 1) // every - done // every) if every else 0
     models = 1 + 2 * checkpoints  # a checkpoint has student and teacher, and AdamW's fp32 thrice
     need = numbers * (models * DTYPE.itemsize + checkpoints * 3 * torch.float32.itemsize)
-    places = Path(config.output_dir, "any").absolute().parents  # output_dir and all above it
-    if need > (free := shutil.disk_usage(next(p for p in places if p.exists())).free):
+    if need > (free := shutil.disk_usage(existing(config.output_dir)).free):
         sizes = f"the run will save {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
         raise ValueError(f"--output_dir: {sizes}: raise --save_every or choose another")
 

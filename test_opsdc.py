@@ -142,12 +142,12 @@ def test_real_dapo_rows_lose_their_wrapper_and_the_overlap_with_math500():
 
 
 def test_batches_are_epochs_in_new_orders():
-    stream = opsdc.batches(list(range(10)), 4, seed=0)
+    stream = opsdc.batches(list(range(100, 110)), 4, seed=0)
     drawn = [next(stream) for _ in range(8)]
     epochs = [drawn[i] + drawn[i + 1] for i in range(0, 8, 2)]
-    assert all(len(set(epoch)) == 8 and set(epoch) <= set(range(10)) for epoch in epochs)
+    assert all(len(set(epoch)) == 8 and set(epoch) <= set(range(100, 110)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 4
-    again = opsdc.batches(list(range(10)), 4, seed=0)
+    again = opsdc.batches(list(range(100, 110)), 4, seed=0)
     assert [next(again) for _ in range(8)] == drawn
 
 
@@ -763,7 +763,7 @@ FAULTS = [
     (TRAIN + "--rate=1", "unrecognized arguments: --rate=1"),
     (TRAIN + "@nowhere", "No such file or directory: 'nowhere'"),
     # places
-    (TRAIN + "--output_dir={tmp}/columns.jsonl/run", "Not a directory: "),
+    (TRAIN + "--output_dir={tmp}/columns.jsonl/run", "columns.jsonl/run can't be written"),
     (TRAIN + "--steps=99999999 --save_every=1", "GB are free: raise --save_every"),
     # evaluation
     (EVAL, "name the models to evaluate"),
@@ -920,6 +920,16 @@ def test_a_full_disk_while_saving_leaves_the_checkpoint_before(launch, faulty):
         assert [path.read_bytes() for path in step_2] == before
         assert not (out / "unfinished").exists() and not (out / "step-3").exists()
     assert launch(command + "--save_every=3")[0] == 0
+
+
+def test_a_file_whose_writing_fails_stays_as_it_was(tmp_path):
+    file = tmp_path / "run.json"
+    for before in (False, True):
+        with pytest.raises(UnicodeEncodeError):
+            opsdc.write_whole(file, "half \ud800")  # fails when the file is open already
+        assert file.exists() == before
+        opsdc.write_whole(file, "whole")
+    assert file.read_text() == "whole"
 
 
 def test_a_full_disk_during_an_evaluation_loses_no_sample_that_was_written(launch, faulty):

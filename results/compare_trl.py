@@ -5,13 +5,13 @@
     python results/compare_trl.py cost      # Qwen3's vocabulary: seconds and memory of an update
 
 TRL's settings for the method: the instruction as privileged context (in front of the student's
-prompt: its template can't take a sentence's place as the paper's does; here both sides do so), a
-copy of the student as teacher, full vocabulary, reverse KL, no importance weights, no token
-skipped. Its sampling is replaced by fixed completions of 32 or 1,024 random ids; the rest is its
-own. For `cost` the model is a random Qwen3 of two layers and hidden size 512, in fp32 on one CPU
-thread; two completions are one micro-batch. Each side runs two updates in a process of its own and
-the second one counts: TRL's from on_step_begin to on_step_end, ours loss, backward, clipping and
-AdamW. Memory is the peak resident size above what stood before the update (read from /proc, so
+prompt, here on both sides: its template can't put it in the place of a sentence, as the paper
+does), a copy of the student as teacher, full vocabulary, reverse KL, no importance weights, no
+token skipped. Its sampling is replaced by fixed completions of 32 or 1,024 random ids; the rest is
+its own. For `cost` the model is a random Qwen3 of two layers and hidden size 512, in fp32 on one
+CPU thread; two completions are one micro-batch. Each side runs two updates in a process of its own
+and the second one counts: TRL's from on_step_begin to on_step_end, ours loss, backward, clipping
+and AdamW. Memory is the peak resident size above what stood before the update (read from /proc, so
 Linux only).
 """
 
