@@ -1,52 +1,50 @@
 """OPSDC: on-policy self-distillation for reasoning compression, in one file.
 
-Paper: arXiv 2603.05433 (version 2 calls the method CRISP). A reasoning model talks too much; told
-to be concise, it talks less and stays right. So the model that was told becomes the teacher of the
-model that was not: the student writes, and at every token is pulled towards what the teacher would
-have written there. No answers, no rewards, no length budgets.
+Paper: arXiv 2603.05433 (version 2 calls the method CRISP). A reasoning model talks too much. With
+"be concise" in its prompt the same model talks less: this is the teacher. The student samples
+completions of the plain prompt and learns, at every token, the teacher's next-token distribution.
+No answers, no rewards, no length budgets.
 
-Notation
-    x, c, y         problem, conciseness instruction, rollout (the completion the student samples)
-    pi_theta        student: the model behind the plain prompt x
-    pi_theta_bar    teacher: a frozen copy of the same model, behind the prompt (x, c)
+    x, c, y         problem, conciseness instruction, rollout (a completion sampled by the student)
+    pi_theta        student: the model with the prompt x
+    pi_theta_bar    teacher: a frozen copy of the model with the prompt (x, c)
     q_t, p_t        their next-token distributions at position t of the same y, over the vocabulary
     B, M, k         batch size, refresh interval, step
 
 Algorithm 1
     theta_bar <- theta
     for k = 1, 2, ...:
-        if k mod M == 0: theta_bar <- theta                                              Eq. (2)
-        sample a batch of B problems x_i
-        sample one rollout y_i ~ pi_theta(. | x_i) of each
-        q_t = pi_theta(. | x_i, y_i,<t), p_t = pi_theta_bar(. | x_i, c, y_i,<t) at every t
-        L_i = 1/|y_i| sum_t KL(q_t || p_t), the sum being                                Eq. (1)
-        one optimizer step on 1/B sum_i L_i
+        if k mod M == 0, theta_bar <- theta                                              Eq. (2)
+        sample a batch of B problems
+        one rollout y_i of each from the student
+        student and teacher logits on the same y_i
+        L_i = sum_t KL(q_t || p_t), normalized by |y_i| in practice                      Eq. (1)
+        one step on (1/B) sum_i L_i
 
-Choices, where the paper and its code disagree, and departures from both
-    1. Normalisation: Eq. (1) sums over t, the code averages the tokens of micro-batches of two.
-       Here, as in Algorithm 1, the mean of each completion, then of the batch.
-    2. Refresh: before step k, as in the paper; the code refreshes after it, one step later.
-    3. Rollouts are cut at 8,192 tokens and trained on as they are, as in the paper. The released
-       configuration samples up to 30,000 and drops pairs over 10,240.
-    4. The reminder that ends DAPO-Math prompts stands once in each prompt; the code repeats it in
-       the teacher's. The instructions have the paper's colons; the code has dashes.
-    5. The sampled ids are trained on; the code decodes and encodes again, which can change them.
-    6. Problems that are also in MATH-500 are left out; neither paper nor code mentions them.
+Departures                    the paper                  its code                   here
+    1. each L_i               divided by |y_i|           token mean of two y_i      paper
+    2. refresh                before step k              after step k               paper
+    3. long rollouts          cut at 8,192, trained on   up to 30,000; over 10,240  paper
+                                                         with prompt: dropped
+    4. closing reminder       once in each prompt        twice in the teacher's     paper
+    5. trained ids            not said                   text tokenized again       sampled ids
+    6. four problems also     not said                   trained on                 left out
+       in MATH-500
+    7. dropout                not said                   not looked at              off throughout
 
-The method reads down to `train`. Below it stands what that calls on: AdamW on fp32 masters, ranks,
-checkpoints, reading, checks.
+The method ends with `train`; its support follows.
 
     python opsdc.py @toy/args                 # a planted toy: CPU, no download, minutes
     python opsdc.py --model Qwen/Qwen3-8B     # the paper's setting
 """
 
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -54,26 +52,33 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before training: no traceback
 
 import datasets
+import pyarrow.parquet
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.distributed.fsdp as fsdp
 import transformers
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
-# torchrun says which of how many processes this is; without it there is one.
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
-DTYPE = torch.bfloat16 if CUDA else torch.float32  # of weights and activations
-
-Ids = list[int]  # of tokens
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPE = torch.bfloat16 if CUDA else torch.float32  # of generation, forward and backward passes
 Model, Tokenizer = transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase
+Ids, Chat = list[int], list[dict[str, str]]  # token ids; turns with role and content
 
 
 # ---- Configuration: the paper's hyperparameter table; the command line is made from it -----------
@@ -81,54 +86,38 @@ Model, Tokenizer = transformers.PreTrainedModel, transformers.PreTrainedTokenize
 
 @dataclass(frozen=True)
 class Config:
-    """All that a run depends on. Raises ValueError for a value that makes no sense."""
+    """Options of a run, with the paper's values as defaults."""
 
     model: str = HfArg(default="Qwen/Qwen3-8B", help="hub id or local directory")
-    data: str = HfArg(
-        default="YouJiacheng/DAPO-Math-17k-dedup",
-        help="hub id or .jsonl / .json / .parquet file with a column problem, question or prompt",
-    )
-    output_dir: str = HfArg(default="runs/opsdc", help="gets metrics.jsonl and the trained model")
+    data: str = HfArg(default="YouJiacheng/DAPO-Math-17k-dedup", help="hub id or file of problems")
+    output_dir: str = HfArg(default="runs/opsdc", help="for metrics.jsonl and the trained model")
     instruction: str = HfArg(default="v1", help="c: v1, v2, percent:50 or a text of your own")
+    prompt: Literal["paper", "plain"] = HfArg(default="paper", help="plain: the problem as it is")
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = HfArg(
         default="reverse_kl", help="reverse_kl is KL(student || teacher)"
     )
     refresh_every: int = HfArg(default=50, help="M, in steps; 0 freezes the teacher")
+    refresh_share: float = HfArg(default=1.0, help="of the student; below 1: exponential average")
     steps: int = HfArg(default=100, help="the paper converges near 100, in an epoch of about 425")
     batch_size: int = HfArg(default=32, help="B, problems a step, one rollout each")
-    micro_batch_size: int = HfArg(default=1, help="rollouts a backward pass: memory only")
-    rollout_batch_size: int = HfArg(default=32, help="rollouts generated at once: memory")
+    micro_batch_size: int = HfArg(default=1, help="rollouts a backward pass; affects memory only")
+    rollout_batch_size: int = HfArg(default=32, help="rollouts generated at once; for memory")
     max_prompt_tokens: int = HfArg(default=1024, help="longer teacher prompts are left out")
     max_new_tokens: int = HfArg(default=8192, help="of a rollout; cut ones are trained on too")
     temperature: float = HfArg(default=1.0, help="of the rollout; the loss is always at 1")
     top_p: float = HfArg(default=1.0, help="of the rollout; 1 is the whole distribution")
-    learning_rate: float = HfArg(default=1e-6, help="AdamW's, constant")
-    weight_decay: float = HfArg(default=0.01, help="AdamW's, decoupled")
-    max_grad_norm: float = HfArg(default=1.0, help="global L2 norm that gradients are clipped to")
+    learning_rate: float = HfArg(default=1e-6, help="of AdamW, constant")
+    weight_decay: float = HfArg(default=0.01, help="of AdamW, decoupled")
+    max_grad_norm: float = HfArg(default=1.0, help="global L2 norm; larger gradients are clipped")
     save_every: int = HfArg(default=50, help="steps between checkpoints; 0 saves only the end")
     seed: int = HfArg(default=0, help="of data order and sampling")
-    offload: bool = HfArg(default=False, help="keep AdamW's state in host memory")
+    offload: bool = HfArg(default=False, help="keep fp32 weights and AdamW in host memory")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in output_dir")
-
-    def __post_init__(self) -> None:
-        for names, valid, wish in (
-            ("steps batch_size micro_batch_size rollout_batch_size", lambda v: v > 0, "at least 1"),
-            ("max_prompt_tokens max_new_tokens", lambda v: v > 0, "at least 1"),
-            ("refresh_every weight_decay save_every", lambda v: v >= 0, "0 or more"),
-            ("temperature max_grad_norm", lambda v: v > 0, "more than 0"),
-            ("top_p learning_rate", lambda v: 0 < v <= 1, "more than 0 and at most 1"),
-            ("seed", lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1"),
-        ):
-            for name in names.split():
-                value = getattr(self, name)
-                if not (valid(value) and math.isfinite(value)):
-                    raise ValueError(f"--{name} is {value}, but must be {wish}")
-        instruction_text(self.instruction)
 
 
 # ---- Prompts: the paper's, verbatim --------------------------------------------------------------
 
-TASK = "Solve the following math problem step by step."  # in its place the teacher has c
+TASK = "Solve the following math problem step by step."  # the instruction c takes its place
 PROMPT = (
     "{opening}The last line of your response should be of the form Answer: $Answer (without "
     "quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
@@ -150,11 +139,483 @@ INSTRUCTIONS = {
 }
 
 
-def instruction_text(instruction: str) -> str:
-    """The text c of `v1`, `v2` or `percent:P`; any other text of several words is c itself.
+def prompt_pair(chat: Chat, instruction: str, style: str = "paper") -> tuple[Chat, Chat]:
+    """The student's chat, x, and the teacher's, (x, c), for one problem.
 
-    Raises ValueError for a P that is no whole number from 1 to 99, and for any other single word.
+    "What is 1 + 1?" with the instruction v1, shortened:
+        x         Solve the following math problem step by step. The last line of your response ...
+                  What is 1 + 1? ...
+        (x, c)    Solve the following math problem concisely and correctly. Be direct: avoid ...
+                  The last line of your response ... What is 1 + 1? ...
+    Style `plain` keeps the chat; in the teacher's, c and a blank line precede the last turn's text.
     """
+    c = instruction_text(instruction)
+    if style == "plain":
+        return chat, [*chat[:-1], {**chat[-1], "content": f"{c}\n\n{chat[-1]['content']}"}]
+    problem = without_wrapper(chat[-1]["content"])
+    student, teacher = (PROMPT.format(opening=o, problem=problem) for o in (f"{TASK} ", f"{c}\n\n"))
+    return [{"role": "user", "content": student}], [{"role": "user", "content": teacher}]
+
+
+def encode_chats(tokenizer: Tokenizer, chats: list[Chat]) -> list[Ids]:
+    """Token ids by the model's own template, up to the opening of the assistant's turn.
+
+    Thinking is up to the model: Qwen3 writes <think> itself, DeepSeek-R1-Distill's template does.
+    Control tokens in a problem's text (<|im_end|>, say) are encoded as plain text.
+    """
+    return tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
+    )
+
+
+# ---- Rollout -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def rollout(model: Model, prompts: list[Ids], batch_size: int) -> list[Ids]:
+    """Samples one completion of each prompt, batch_size at a time, by model.generation_config.
+
+    Returns the sampled ids up to the first stop id and including it; a completion that was cut at
+    max_new_tokens has none.
+    """
+    settings, completions = model.generation_config, []
+    for start in range(0, len(prompts), batch_size):
+        rows = [torch.tensor(prompt) for prompt in prompts[start : start + batch_size]]
+        ones = [torch.ones_like(row) for row in rows]
+        input_ids = pad_sequence(rows, True, settings.pad_token_id, padding_side="left")  # (B, P)
+        attention_mask = pad_sequence(ones, True, 0, padding_side="left").to(DEVICE)  # (B, P)
+        output = model.generate(input_ids.to(DEVICE), attention_mask=attention_mask)  # (B, P + T)
+        for ids in output[:, input_ids.shape[1] :].tolist():
+            stops = [t for t, token in enumerate(ids) if token in settings.eos_token_id]
+            completions.append(ids[: stops[0] + 1] if stops else ids)  # padding follows a stop id
+    return completions
+
+
+# ---- Alignment: one completion behind two prompts ------------------------------------------------
+
+
+def align(prompts: list[Ids], completions: list[Ids]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Joins prompts and completions; marks the positions whose logits predict completion tokens.
+
+    Returns input_ids (B, L) and predicts (B, L). A position predicts the next token, so the marks
+    begin at a prompt's last token and end before the completion's last. All padding is at the end,
+    where a causal model does not see it: no attention mask, no position ids.
+
+        prompts        [[11, 12, 13], [21]]
+        completions    [[1, 2], [3, 4, 5]]
+        input_ids      [[11, 12, 13, 1, 2], [21, 3, 4, 5, 0]]
+        predicts       [[ 0,  0,  1, 1, 0], [ 1, 1, 1, 0, 0]]
+
+    The five marked positions predict 1, 2, 3, 4, 5 in this order, whatever the prompts: the marked
+    rows of the student's states and of the teacher's match.
+    """
+    rows = [torch.tensor(x + y) for x, y in zip(prompts, completions, strict=True)]
+    marks = [
+        torch.tensor([False] * (len(x) - 1) + [True] * len(y) + [False])
+        for x, y in zip(prompts, completions, strict=True)
+    ]
+    return pad_sequence(rows, True, 0), pad_sequence(marks, True, False)
+
+
+class Scorer(torch.nn.Module):
+    """A causal model that returns final hidden states; logits are these states times its head."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def head(self) -> torch.Tensor:  # (V, H)
+        return self.model.get_output_embeddings().weight
+
+    def forward(self, input_ids: torch.Tensor, predicts: torch.Tensor) -> torch.Tensor:
+        """(B, L) twice, from `align` -> the states (T, H) that predict the T completion tokens."""
+        states = self.model.base_model(input_ids.to(DEVICE), use_cache=False)[0]  # (B, L, H)
+        return states[predicts.to(DEVICE)]
+
+
+# ---- Loss: over the full vocabulary --------------------------------------------------------------
+
+
+def divergence(student_logps: torch.Tensor, teacher_logps: torch.Tensor, kind: str) -> torch.Tensor:
+    """D(q, p) in nats, (N,), from log-probabilities log q and log p over the vocabulary, (N, V)."""
+    if kind == "reverse_kl":  # KL(q || p), which Eq. (1) sums over t
+        return (student_logps.exp() * (student_logps - teacher_logps)).sum(-1)
+    if kind == "forward_kl":  # KL(p || q)
+        return (teacher_logps.exp() * (teacher_logps - student_logps)).sum(-1)
+    mixture_logps = torch.logaddexp(student_logps, teacher_logps) - math.log(2)  # m = (q + p) / 2
+    halves = (divergence(d, mixture_logps, "reverse_kl") for d in (student_logps, teacher_logps))
+    return sum(halves) / 2  # JSD
+
+
+def project(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Logits (N, V) in fp32; rounded to bf16 they would bury the small divergence."""
+    if states.dtype == torch.float32:
+        return states @ head.T
+    return torch.mm(states, head.T, out_dtype=torch.float32)  # bf16 operands, on a GPU
+
+
+CHUNK = 192  # positions whose logits exist at once
+
+
+class ChunkedDivergence(torch.autograd.Function):
+    """sum_t weight_t D(q_t, p_t) from states and heads, without the logits of all T positions.
+
+    Autograd differentiates `divergence` with respect to the logits of one chunk of positions at a
+    time, in the forward pass; their gradient goes at once into the gradients of states and head.
+    """
+
+    @staticmethod
+    def forward(ctx, student_states, student_head, teacher_states, teacher_head, weights, kind):
+        """States (T, H), heads (V, H), weights (T,) -> loss, and D, H(q_t), H(p_t) as (3, T)."""
+        statistics = weights.new_empty(3, len(weights))
+        grad_states, grad_head = torch.empty_like(student_states), None
+        if ctx.needs_input_grad[1]:  # a frozen head needs none
+            grad_head = torch.zeros_like(student_head, dtype=torch.float32)
+        for start in range(0, len(weights), CHUNK):
+            rows = slice(start, start + CHUNK)
+            student_logits = project(student_states[rows], student_head).requires_grad_()  # (N, V)
+            teacher_logits = project(teacher_states[rows], teacher_head)  # (N, V)
+            with torch.enable_grad():
+                logps = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
+                nats = divergence(*logps, kind)  # (N,)
+            (grad_logits,) = torch.autograd.grad(nats, student_logits, weights[rows])
+            statistics[0, rows] = nats.detach()
+            statistics[1:, rows] = torch.stack([-(x.exp() * x).sum(-1) for x in logps]).detach()
+            grad_states[rows] = grad_logits.to(student_head.dtype) @ student_head
+            if grad_head is not None:
+                grad_head.addmm_(grad_logits.T, student_states[rows].float())
+        ctx.save_for_backward(grad_states, grad_head)
+        ctx.mark_non_differentiable(statistics)
+        return statistics[0] @ weights, statistics  # Eq. (1), with the weights of Algorithm 1
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, _):
+        grad_states, grad_head = ctx.saved_tensors
+        if grad_head is not None:
+            grad_head = (grad_head * grad_loss).to(grad_states.dtype)
+        return grad_states * grad_loss, grad_head, None, None, None, None
+
+
+def distillation_loss(
+    student: Scorer,
+    teacher: Scorer,
+    triples: list[tuple[Ids, Ids, Ids]],
+    kind: str,
+    batch_size: int,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What these completions add to 1/B sum_i 1/|y_i| sum_t D(q_t, p_t), in nats; B = batch_size.
+
+    A triple is the student's prompt, the teacher's and the completion y_i. Losses and gradients of
+    micro-batches add up to the batch's. Returns with the loss, for each completion and without
+    gradient, D(q_t, p_t), the student's entropy and the teacher's at its tokens, (3, |y_i|).
+    """
+    student_prompts, teacher_prompts, completions = zip(*triples, strict=True)
+    student_states = student(*align(student_prompts, completions))  # (T, H), of q_t
+    with torch.no_grad():
+        teacher_states = teacher(*align(teacher_prompts, completions))  # (T, H), of p_t
+    lengths = [len(y) for y in completions]
+    weights = torch.tensor([1 / length / batch_size for length in lengths for _ in range(length)])
+    loss, statistics = ChunkedDivergence.apply(
+        student_states, student.head, teacher_states, teacher.head, weights.to(DEVICE), kind
+    )
+    return loss, list(statistics.split(lengths, dim=1))
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def refresh(teacher: Scorer, student: Scorer, share: float) -> None:
+    """Eq. (2): theta_bar <- theta. A share below 1 makes theta_bar an exponential average."""
+    for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
+        old.lerp_(new, share)  # old + share (new - old): a copy at 1
+
+
+def train(run: SimpleNamespace) -> None:
+    """Algorithm 1, from the step after run.done, with what `prepare` has loaded.
+
+    Raises KeyboardInterrupt after a signal, SystemExit for a gradient that is not finite or a
+    checkpoint that can't be written.
+    """
+    config, student, teacher, sampler = run.config, run.student, run.teacher, run.sampler
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    data = enumerate(batches(run.prompts, config.batch_size, config.seed), 1)
+    for step, batch in itertools.islice(data, run.done, config.steps):
+        metrics = {"step": step}  # for the log
+
+        # "if k mod M == 0, theta_bar <- theta"
+        metrics["refreshed"] = config.refresh_every > 0 and step % config.refresh_every == 0
+        if metrics["refreshed"]:
+            refresh(teacher, student, config.refresh_share)  # Eq. (2)
+
+        # "sample a batch of B problems": each rank takes its share
+        batch = batch[rank::ranks]
+
+        # "one rollout y_i of each from the student"
+        start = time.perf_counter()
+        torch.manual_seed((config.seed * 100_000 + step) * 1_000 + rank)  # the same after --resume
+        completions = rollout(sampler, [x for x, _ in batch], config.rollout_batch_size)
+        metrics["rollout_seconds"] = time.perf_counter() - start
+
+        # "student and teacher logits on the same y_i", "L_i = sum_t KL(q_t || p_t)"
+        start = time.perf_counter()
+        triples = [(x, x_c, y) for (x, x_c), y in zip(batch, completions, strict=True)]
+        triples.sort(key=lambda triple: len(triple[-1]))  # less padding
+        statistics = []
+        for first in range(0, len(triples), config.micro_batch_size):
+            part = triples[first : first + config.micro_batch_size]
+            loss, of_part = distillation_loss(student, teacher, part, config.divergence, len(batch))
+            loss.backward()  # FSDP2 averages the gradients of the ranks
+            statistics += of_part
+        teacher.reshard()  # after a forward pass alone, FSDP2 keeps embedding and head gathered
+
+        # "one step on (1/B) sum_i L_i"
+        metrics["grad_norm"] = clip_gradients(student, config.max_grad_norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        copy_to_sampler(student, sampler)
+        metrics["update_seconds"] = time.perf_counter() - start
+
+        finish_step(run, metrics, triples, statistics)
+    save(run)
+
+
+# ---- Support: models -----------------------------------------------------------------------------
+
+
+def load_model(name: str, dtype: torch.dtype | str = DTYPE, device: Any = DEVICE) -> Model:
+    """A causal language model in evaluation mode; dtype "auto" is the stored one. Raises ValueError
+    if weights are missing, or if its logits are not final hidden states times its head."""
+    with reading(name):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+        head, ids = model.to(device).get_output_embeddings(), torch.arange(8, device=device)[None]
+        with torch.no_grad():
+            logits, states = model(ids).logits, model.base_model(ids, use_cache=False)[0]
+        error = (logits - states @ head.weight.T).abs().max() / logits.abs().max()
+        options, eps = model.config.get_text_config().to_dict(), torch.finfo(states.dtype).eps
+        faults = [f"{key} is missing" for key in sorted(info["missing_keys"])]
+        faults += [f"it has {key}" for key in SCALES if options.get(key) not in (None, 1)]
+        faults += [] if getattr(head, "bias", None) is None else ["its head has a bias"]
+        faults += [] if error < 4 * eps else ["its logits are not final states times its head"]
+        if faults:
+            raise ValueError(faults[0])
+    return model
+
+
+# Options that scale or cap the logits of some model families.
+SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+SCALES += ("output_multiplier", "output_logit_soft_cap", "logits_soft_cap")
+
+
+def sampling_settings(model: Model, prompts: list[Ids], room: int, **sampling) -> GenerationConfig:
+    """Settings for generate(): `sampling`, at most `room` new tokens, the model's own stop ids.
+
+    They must replace model.generation_config, which fills in what generate() is not told (Qwen3
+    ships top-p 0.95 and top-k 20). Raises ValueError for ids that are no tokens of the model, and
+    for prompts that leave too little room."""
+    name, options = model.name_or_path, model.config.get_text_config()
+    shipped = model.generation_config.eos_token_id  # one id or several
+    stop_ids = [] if shipped is None else torch.tensor(shipped).view(-1).tolist()
+    if not stop_ids or not all(0 <= stop < options.vocab_size for stop in stop_ids):
+        raise ValueError(f"{name} should stop at eos_token_id {shipped}, which is no token")
+    if not all(prompts) or max(map(max, prompts)) >= options.vocab_size:
+        raise ValueError(f"the tokenizer of {name} does not fit its model")
+    longest, most = max(map(len, prompts)) + room, getattr(options, "max_position_embeddings", None)
+    if longest > (most or longest):
+        raise ValueError(f"prompt + --max_new_tokens is {longest}, but {name} has {most} positions")
+    sampling |= {"max_new_tokens": room, "eos_token_id": stop_ids, "pad_token_id": stop_ids[0]}
+    # A broken model may sample: its gradient will end the run with a clear message.
+    return GenerationConfig(do_sample=True, remove_invalid_values=True, **sampling)
+
+
+def shard(model: Model, offload: bool) -> Scorer:
+    """FSDP2: fp32 weights in equal parts on all ranks; a layer is gathered in DTYPE when it runs,
+    and its activations are computed again in the backward pass. The optimizer works in fp32: at a
+    learning rate of 1e-6, next to no bf16 weight would move."""
+    scorer, names = Scorer(model), model._no_split_modules or ()  # classes of decoder layers
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    for layer in layers:
+        layer.forward = partial(recompute_in_backward, layer.forward, use_reentrant=False)
+    precision = fsdp.MixedPrecisionPolicy(DTYPE, torch.float32, cast_forward_inputs=False)
+    place = fsdp.CPUOffloadPolicy(CUDA) if offload else fsdp.OffloadPolicy()
+    for module in (*layers, scorer):
+        fsdp.fully_shard(module.float(), mp_policy=precision, offload_policy=place)
+    return scorer
+
+
+@torch.no_grad()
+def copy_to_sampler(student: Scorer, sampler: Model) -> None:
+    """Gathers the student's weights one by one, rounded to the sampler's dtype."""
+    for weight, shards in zip(sampler.parameters(), student.parameters(), strict=True):
+        weight.copy_(shards.to(weight.device).full_tensor())
+
+
+def clip_gradients(student: Scorer, max_norm: float) -> float:
+    """Scales gradients to a global L2 norm of at most max_norm; returns the norm before. Raises
+    SystemExit if it is not finite."""
+    weights = (weight for weight in student.parameters() if weight.grad is not None)
+    gradients = [weight.grad.to_local() for weight in weights]
+    # Norms of pieces: over 2**28 numbers at once, torch's fp32 norm on a CPU is 4% too low.
+    pieces = [piece for gradient in gradients for piece in gradient.flatten().split(2**20)]
+    square = torch.nn.utils.get_total_norm(pieces).to(DEVICE) ** 2
+    dist.all_reduce(square)
+    norm = square.sqrt().item()
+    if not math.isfinite(norm):
+        remedy = "look at the model, or at a lower --learning_rate"
+        raise SystemExit(f"opsdc.py: a gradient is not finite, nothing was updated: {remedy}")
+    for gradient in gradients:
+        gradient.mul_(min(1.0, max_norm / norm))
+    return norm
+
+
+# ---- Support: checkpoints, log, signals ----------------------------------------------------------
+
+
+def training_state(run: SimpleNamespace) -> dict[str, Any]:
+    """Weights and AdamW's state, as torch.distributed.checkpoint reads and writes them."""
+    adamw = get_optimizer_state_dict(run.student, run.optimizer)
+    student, teacher = run.student.state_dict(), run.teacher.state_dict()
+    return {"student": student, "teacher": teacher, "adamw": adamw}
+
+
+def save(run: SimpleNamespace, step: int = 0) -> None:
+    """Saves step-N: a model, and the state for --resume. Without a step: the final model. A
+    directory named step-N is always complete. Raises SystemExit if it can't be written."""
+    directory = run.output_dir / "unfinished" if step else run.output_dir
+    try:
+        if step:
+            dcp.save(training_state(run), checkpoint_id=directory)
+        if run.log:
+            run.sampler.save_pretrained(directory)
+            run.student.model.generation_config.save_pretrained(directory)  # as shipped
+            run.tokenizer.save_pretrained(directory)  # last: marks a finished run
+            if step:
+                shutil.copy(run.output_dir / "run.json", directory)
+                directory.rename(run.output_dir / f"step-{step}")
+    except (Exception, dcp.CheckpointException) as error:  # each library fails in its own way
+        message = f"opsdc.py: {directory} can't be saved: {one_line(error)}"
+        raise SystemExit(f"{message}; --resume goes on from the newest step-N, if any") from error
+    dist.barrier()
+
+
+def finish_step(run: SimpleNamespace, metrics: dict, triples: list, statistics: list) -> None:
+    """Logs a step, saves it if due, shows it last: a closed terminal must not lose a step. Raises
+    KeyboardInterrupt after saving if a rank has caught a signal."""
+    config, completions = run.config, [y for _, _, y in triples]
+    cut = [y[-1] not in run.sampler.generation_config.eos_token_id for y in completions]
+    shares = [sum(map(len, completions)) / len(cut), sum(cut) / len(cut), len(run.signals)]
+    means = torch.stack([of_tokens.mean(1) for of_tokens in statistics]).mean(0).tolist()
+    values = torch.tensor([*means, *shares], dtype=torch.float64)
+    dist.all_reduce(values)
+    *values, signals = (values / dist.get_world_size()).tolist()
+    names = ("loss", "student_entropy", "teacher_entropy", "completion_tokens", "truncated")
+    metrics |= dict(zip(names, values, strict=True))
+    tokens = metrics["completion_tokens"] * config.batch_size
+    metrics["tokens_per_second"] = tokens / metrics["rollout_seconds"]
+    metrics["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+
+    step = metrics["step"]
+    last = step == config.steps
+    due = not last and (signals or config.save_every and step % config.save_every == 0)
+    if run.log:
+        run.log.write(json.dumps(metrics) + "\n")
+        run.log.flush()
+        if step == 1 or last or due:  # keeps at most four rollouts, from short to long
+            nth = math.ceil(len(completions) / 4)
+            with open(run.output_dir / f"rollouts-{step}.jsonl", "w", encoding="utf-8") as file:
+                for y, (nats, *_) in zip(completions[::nth], statistics[::nth], strict=True):
+                    tokens = [run.tokenizer.decode([token]) for token in y]
+                    file.write(json.dumps({"tokens": tokens, "divergence": nats.tolist()}) + "\n")
+    if due:
+        save(run, step)
+    if run.log:
+        line = "step {step}: loss {loss:.4f}, {completion_tokens:.1f} tokens, {truncated:.0%} cut, "
+        line += "entropy {student_entropy:.2f}, {rollout_seconds:.1f} + {update_seconds:.1f} s"
+        try:
+            run.bar.write(line.format(**metrics), sys.stderr)
+            run.bar.update()
+        except OSError:  # nobody reads any more
+            run.bar.disable, sys.stderr = True, open(os.devnull, "w")
+    if signals and not last:
+        raise KeyboardInterrupt(f"step {step} is saved, --resume goes on")
+
+
+def catch_signals(caught: list[float]) -> None:
+    """Makes Ctrl-C, SIGTERM and SIGHUP end the run after its step, and a second one at once.
+    Signals within one second count as one: torchrun forwards duplicates."""
+
+    def catch(*_) -> None:
+        caught.append(time.monotonic())
+        if caught[-1] > caught[0] + 1:
+            raise KeyboardInterrupt("the unfinished step is lost, --resume goes on")
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, catch)
+
+
+# ---- Support: data -------------------------------------------------------------------------------
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or of its cause's where it has one."""
+    if isinstance(error, dcp.CheckpointException):
+        error = next(iter(error.failures.values()))[0]  # on one of the ranks
+    while error.__cause__:
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def reading(source: str | Path) -> Iterator[None]:
+    """Turns any error into a ValueError of one line that names the source."""
+    try:
+        yield
+    except (Exception, dcp.CheckpointException) as error:
+        raise ValueError(f"{source} can't be used: {one_line(error)}") from None
+
+
+def load_rows(source: str, split: str = "train") -> list[dict[str, Any]]:
+    """Rows of a .jsonl, .json or .parquet file, as written, or of the split of a hub dataset."""
+    with reading(source):
+        if source.endswith(".parquet"):
+            return pyarrow.parquet.ParquetFile(source).read().to_pylist()
+        if source.endswith((".jsonl", ".json")):
+            text = Path(source).read_text(encoding="utf-8").strip()
+            commas = text.replace("\n", ",\n")  # so an error names the line
+            return json.loads(text if text.startswith("[") else f"[{commas}]")
+        return datasets.load_dataset(source, split=split).to_list()
+
+
+def read_chats(source: str, rows: list[dict[str, Any]]) -> list[Chat]:
+    """The problems as chats, from a column `problem`, `question` or `prompt` of texts or chats.
+    Raises ValueError that names a row without a text of the user at its end."""
+    chats = []
+    for number, row in enumerate(rows, 1):
+        with reading(f"{source}, row {number}"):
+            names = [name for name in ("problem", "question", "prompt") if name in row]
+            if not names:
+                raise ValueError(f"its columns are {list(row)}, not problem, question or prompt")
+            cell = row[names[0]]
+            chat = [{"role": "user", "content": cell}] if isinstance(cell, str) else list(cell)
+            if chat[-1]["role"] != "user" or not all(turn["content"].strip() for turn in chat):
+                raise ValueError(f"{names[0]} is {cell!r}, without a text of the user at its end")
+            chats.append(chat)
+    return chats
+
+
+def without_wrapper(text: str) -> str:
+    """A problem without the words that DAPO-Math puts around it."""
+    before, after = PROMPT.format(opening=f"{TASK} ", problem="\0").split("\0")
+    return text.removeprefix(before).removesuffix(after)
+
+
+def instruction_text(instruction: str) -> str:
+    """The text c of v1, v2 or percent:P (1 to 99); any other text of several words is c itself.
+    Raises ValueError for any other single word."""
     name, _, percent = instruction.partition(":")
     if name == "percent" and percent.isdecimal() and 0 < int(percent) < 100:
         return INSTRUCTIONS["percent"].format(percent=int(percent))
@@ -165,77 +626,37 @@ def instruction_text(instruction: str) -> str:
     return instruction
 
 
-def student_prompt(problem: str) -> str:
-    """x in the paper's words: DAPO-Math's prompt."""
-    return PROMPT.format(opening=f"{TASK} ", problem=problem)
+def digest(text: str) -> str:
+    """The first 16 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def teacher_prompt(problem: str, instruction: str) -> str:
-    """(x, c) in the paper's words: the text c in the place of the first sentence."""
-    return PROMPT.format(opening=f"{instruction}\n\n", problem=problem)
-
-
-def encode_chat(tokenizer: Tokenizer, prompts: list[str]) -> list[Ids]:
-    """Each prompt as a user turn and the opening of the assistant's, by the model's own template.
-
-    Thinking is left to the model: Qwen3 opens <think> itself, DeepSeek-R1-Distill in its template.
-    Control tokens that stand in a problem's text (<|im_end|>, say) are encoded as plain text.
-    """
-    return tokenizer.apply_chat_template(
-        [[{"role": "user", "content": prompt}] for prompt in prompts],
-        add_generation_prompt=True,
-        sanitize_control_tokens=True,
-        return_dict=False,
-    )
-
-
-# ---- Data: problems, never answers ---------------------------------------------------------------
-
-# The four problems that DAPO-Math shares with MATH-500: hashes of their text without white space.
+# The problems that DAPO-Math shares with MATH-500: digests of their text without white space.
 IN_MATH500 = {"3361691622c4f773", "4384ad9cb9175c9f", "69c249395bcf1d7d", "f680069cf8b5a5ad"}
 
 
-def load_problems(source: str) -> list[str]:
-    """Problems of a hub dataset or a file, without the wrapper that DAPO-Math has around them.
-
-    Reads the column `problem`, `question` or `prompt`: texts, or chats whose last message is read.
-    Raises ValueError if there is none, or a row without text in it.
-    """
-    rows = load_rows(source)
-    column = next((c for c in ("problem", "question", "prompt") if c in rows.column_names), None)
-    if column is None:
-        wanted = "problem, question or prompt"
-        raise ValueError(f"{source} has columns {rows.column_names}, none of them {wanted}")
-    with reading(source):
-        texts = [c[-1]["content"] if c and isinstance(c, list) else c for c in rows[column]]
-    check_texts(source, column, texts)
-    prefix, suffix = student_prompt("\0").split("\0")
-    problems = [text.removeprefix(prefix).removesuffix(suffix) for text in texts]
-    hashes = [hashlib.sha256("".join(x.split()).encode()).hexdigest()[:16] for x in problems]
-    return [x for x, digest in zip(problems, hashes, strict=True) if digest not in IN_MATH500]
-
-
 def load_prompts(config: Config, tokenizer: Tokenizer) -> list[tuple[Ids, Ids]]:
-    """Of each problem the student's prompt and the teacher's, less those that are too long.
-
-    Raises ValueError if too few are left for a batch.
-    """
-    problems, instruction = load_problems(config.data), instruction_text(config.instruction)
-    student_prompts = encode_chat(tokenizer, [student_prompt(x) for x in problems])
-    teacher_prompts = encode_chat(tokenizer, [teacher_prompt(x, instruction) for x in problems])
-    pairs = zip(student_prompts, teacher_prompts, strict=True)
-    prompts = [pair for pair in pairs if len(pair[1]) <= config.max_prompt_tokens]
-    if len(prompts) < config.batch_size:
-        found = f"{len(prompts)} problems of {config.data} are within --max_prompt_tokens"
+    """The student's prompt and the teacher's for each problem, without those that are too long.
+    Raises ValueError if a pair is equal, or if too few are left for a batch."""
+    pairs = [
+        prompt_pair(chat, config.instruction, config.prompt)
+        for chat in read_chats(config.data, load_rows(config.data))
+        if digest("".join(without_wrapper(chat[-1]["content"]).split())) not in IN_MATH500
+    ]
+    with reading(f"a prompt for {config.model}"):
+        sides = [encode_chats(tokenizer, list(chats)) for chats in zip(*pairs, strict=True)]
+        prompts = list(zip(*sides, strict=True))
+        if any(x == x_c for x, x_c in prompts):
+            raise ValueError("student and teacher get equal prompts")
+    kept = [(x, x_c) for x, x_c in prompts if len(x_c) <= config.max_prompt_tokens]
+    if len(kept) < config.batch_size:
+        found = f"{len(kept)} problems of {config.data} are within --max_prompt_tokens"
         raise ValueError(f"{found}, too few for --batch_size {config.batch_size}")
-    if RANK == 0:
-        too_long = len(problems) - len(prompts)
-        print(f"{len(prompts)} problems, {too_long} with too long prompts left out")
-    return prompts
+    return kept
 
 
 def batches(items: list, batch_size: int, seed: int) -> Iterator[list]:
-    """Batches without end: every epoch in a new order, less what does not fill its last batch."""
+    """Endless batches: every epoch in a new order, without the rest that fills no batch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(items), generator=generator).tolist()
@@ -243,696 +664,137 @@ def batches(items: list, batch_size: int, seed: int) -> Iterator[list]:
             yield [items[i] for i in order[start : start + batch_size]]
 
 
-# ---- Rollout -------------------------------------------------------------------------------------
+# ---- Support: preparation and command line -------------------------------------------------------
 
-
-def sampling_settings(shipped: GenerationConfig, **sampling: float) -> GenerationConfig:
-    """Settings for generate(): `sampling`, and the stop ids that the model ships with.
-
-    They replace the shipped settings on the model: generate() takes from those what it is not told
-    (Qwen3 ships top-p 0.95 and top-k 20). Raises ValueError if there are no stop ids.
-    """
-    if shipped.eos_token_id is None:
-        raise ValueError("the model's generation_config.json names no eos_token_id to stop at")
-    stop_ids = torch.tensor(shipped.eos_token_id).view(-1).tolist()  # from one id or a list
-    return GenerationConfig(
-        do_sample=True,
-        eos_token_id=stop_ids,
-        pad_token_id=stop_ids[0],
-        remove_invalid_values=True,  # lets a broken model sample; its update is then skipped
-        **sampling,
-    )
-
-
-@torch.no_grad()
-def rollout(model: Model, prompts: list[Ids]) -> list[Ids]:
-    """Samples one completion of each prompt, by the model's generation_config.
-
-    Returns the ids as sampled, up to the first stop id and with it; a completion that was cut
-    at max_new_tokens has none.
-    """
-    rows = [torch.tensor(prompt) for prompt in prompts]
-    ones = [torch.ones_like(row) for row in rows]
-    settings = model.generation_config  # which generate() samples by
-    input_ids = pad_sequence(rows, True, settings.pad_token_id, padding_side="left")  # (B, P)
-    attention_mask = pad_sequence(ones, True, 0, padding_side="left")  # (B, P)
-    model.eval()  # in training mode gradient checkpointing would switch the KV cache off
-    output = model.generate(
-        input_ids.to(model.device), attention_mask=attention_mask.to(model.device)
-    )  # (B, P + T)
-    completions = []
-    for ids in output[:, input_ids.shape[1] :].tolist():
-        stops = [t for t, token in enumerate(ids) if token in settings.eos_token_id]
-        completions.append(ids[: stops[0] + 1] if stops else ids)  # padding is what follows a stop
-    return completions
-
-
-# ---- Alignment: one completion behind two prompts ------------------------------------------------
-
-
-def align(prompts: list[Ids], completions: list[Ids]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Joins prompts and completions; marks the positions whose logits predict a completion token.
-
-    Returns input_ids (B, L) and predicts (B, L). Logits at a position predict the next token, so
-    the marks begin at a prompt's last token and end before the completion's last. All padding is
-    at the end, out of a causal model's sight: no attention mask, no position ids.
-
-        prompts        [[11, 12, 13], [21]]
-        completions    [[1, 2], [3, 4, 5]]
-        input_ids      [[11, 12, 13, 1, 2], [21, 3, 4, 5, 0]]
-        predicts       [[ 0,  0,  1, 1, 0], [ 1, 1, 1, 0, 0]]
-
-    `predicts` keeps five positions, which predict 1, 2, 3, 4, 5 in this order whatever the prompts:
-    so the rows that it keeps of the student's states and of the teacher's belong together.
-    """
-    rows = [torch.tensor(x + y) for x, y in zip(prompts, completions, strict=True)]
-    marks = [
-        torch.tensor([False] * (len(x) - 1) + [True] * len(y) + [False])
-        for x, y in zip(prompts, completions, strict=True)
-    ]
-    return pad_sequence(rows, True, 0), pad_sequence(marks, True, False)
-
-
-def completion_states(model: Model, prompts: list[Ids], completions: list[Ids]) -> torch.Tensor:
-    """Final hidden states (T, H) that predict the T tokens of all completions."""
-    input_ids, predicts = (x.to(model.device) for x in align(prompts, completions))  # (B, L)
-    return model.base_model(input_ids, use_cache=False)[0][predicts]  # of (B, L, H)
-
-
-# ---- Loss: over the full vocabulary, never holding tokens x vocabulary ---------------------------
-
-# fp32 logits held at once: large chunks for the matrix products, blocks that fit the CPU's cache.
-CHUNK, BLOCK = {"cpu": 2**24, "cuda": 2**26}, {"cpu": 2**18, "cuda": 2**25}
-
-
-def divergence(
-    student_logps: torch.Tensor, teacher_logps: torch.Tensor, kind: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Divergence (N,), in nats, of log-probabilities log q and log p (N, V).
-
-    Returns with it the gradient (N, V) with respect to the student's logits.
-    With g the gradient with respect to q, the softmax makes it q (g - sum_v q g), where g is
-        reverse KL, KL(q || p):                  log q - log p, a constant aside
-        JSD, (KL(q || m) + KL(p || m)) / 2:      (log q - log m) / 2, with m = (q + p) / 2
-        forward KL, KL(p || q):                  -p / q
-    """
-    q, p = student_logps.exp(), teacher_logps.exp()
-    if kind == "reverse_kl":
-        log_ratio = student_logps - teacher_logps
-        kl = (q * log_ratio).sum(-1)  # KL(q || p), which Eq. (1) sums over t
-        return kl, q * (log_ratio - kl[:, None])
-    if kind == "forward_kl":
-        return (p * (teacher_logps - student_logps)).sum(-1), q - p
-    mixture_logps = torch.logaddexp(student_logps, teacher_logps) - math.log(2)
-    log_ratio = (student_logps - mixture_logps) / 2
-    student_half = (q * log_ratio).sum(-1)
-    teacher_half = (p * (teacher_logps - mixture_logps)).sum(-1) / 2
-    return student_half + teacher_half, q * (log_ratio - student_half[:, None])
-
-
-def project(hidden: torch.Tensor, head: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Logits (N, V) in fp32 of hidden states (N, H), written over the first N rows of `out`.
-
-    Student and teacher are nearly equal: logits rounded to bf16 would bury their divergence.
-    """
-    out = out[: len(hidden)]
-    if hidden.dtype == torch.float32:
-        return torch.mm(hidden, head.T, out=out)
-    if hidden.is_cuda:  # bf16 operands, fp32 sums and output
-        return torch.mm(hidden, head.T, out_dtype=torch.float32, out=out)
-    rounded = hidden @ head.T  # a CPU rounds the sums to bf16; the second product is what that lost
-    return out.copy_(rounded).add_(torch.addmm(rounded, hidden, head.T, beta=-1))
-
-
-class LinearDivergence(torch.autograd.Function):
-    """sum_t weight_t D(q_t, p_t), from hidden states and heads, as a function of the student's.
-
-    Logits exist for a chunk of positions at a time. Their gradient is known in closed form, so it
-    goes into the gradients of hidden states and head while the chunk is there, in the forward pass.
-    """
-
-    @staticmethod
-    def forward(ctx, student_states, student_head, teacher_states, teacher_head, weights, kind):
-        """States (T, H), heads (V, H), weights (T,) -> loss, and (3, T) of D, H(q_t) and H(p_t)."""
-        device, (vocabulary, _) = student_states.device.type, student_head.shape
-        chunk, block = max(1, CHUNK[device] // vocabulary), max(1, BLOCK[device] // vocabulary)
-        q_logits, p_logits = weights.new_empty(2, min(chunk, len(weights)), vocabulary)
-        statistics = weights.new_empty(3, len(weights))
-        grad_states = torch.empty_like(student_states)
-        grad_head = torch.zeros_like(student_head, dtype=torch.float32)  # adds up over the chunks
-        for start in range(0, len(weights), chunk):
-            rows = slice(start, start + chunk)
-            q_chunk = project(student_states[rows], student_head, q_logits)  # (chunk, V)
-            p_chunk = project(teacher_states[rows], teacher_head, p_logits)  # (chunk, V)
-            for q_block, p_block, weight, statistic in zip(
-                q_chunk.split(block),  # (block, V)
-                p_chunk.split(block),
-                weights[rows].split(block),
-                statistics[:, rows].split(block, dim=1),
-                strict=True,
-            ):
-                student_logps, teacher_logps = q_block.log_softmax(-1), p_block.log_softmax(-1)
-                statistic[0], gradient = divergence(student_logps, teacher_logps, kind)
-                statistic[1] = -(student_logps.exp() * student_logps).sum(-1)
-                statistic[2] = -(teacher_logps.exp() * teacher_logps).sum(-1)
-                torch.mul(gradient, weight[:, None], out=q_block)
-            grad_logits = q_chunk  # block by block they were written over the logits
-            torch.mm(grad_logits.to(student_head.dtype), student_head, out=grad_states[rows])
-            grad_head.addmm_(grad_logits.T, student_states[rows].float())
-        ctx.save_for_backward(grad_states, grad_head.to(student_head.dtype))
-        ctx.mark_non_differentiable(statistics)
-        return statistics[0] @ weights, statistics  # Eq. (1), with the weights of Algorithm 1
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss, _):
-        grad_states, grad_head = ctx.saved_tensors  # scaled in place: there is one backward
-        return grad_states.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None
-
-
-def distillation_loss(
-    student: Model, teacher: Model, triples: list[tuple[Ids, Ids, Ids]], kind: str, batch_size: int
-) -> tuple[torch.Tensor, torch.Tensor, list[list[float]]]:
-    """What these completions add to 1/B sum_i 1/|y_i| sum_t D(q_t, p_t), B = batch_size; in nats.
-
-    A triple is the student's prompt, the teacher's and the completion. Micro-batches add up, loss
-    and gradient, to the batch's. Returns the loss, and without gradient (3,) the same means of
-    divergence (again the loss), student entropy and teacher entropy, and every completion's
-    divergences token by token.
-    """
-    student_prompts, teacher_prompts, completions = zip(*triples, strict=True)
-    student_states = completion_states(student, student_prompts, completions)  # (T, H), of q_t
-    with torch.no_grad():
-        teacher_states = completion_states(teacher, teacher_prompts, completions)  # of p_t
-    weights = torch.tensor([1 / len(y) / batch_size for y in completions for _ in y])  # (T,)
-    weights = weights.to(student.device)
-    student_head, teacher_head = (m.get_output_embeddings().weight for m in (student, teacher))
-    loss, statistics = LinearDivergence.apply(
-        student_states, student_head, teacher_states, teacher_head, weights, kind
-    )
-    by_completion = statistics[0].split([len(y) for y in completions])
-    return loss, statistics @ weights, [divergences.tolist() for divergences in by_completion]
-
-
-# ---- Training ------------------------------------------------------------------------------------
-
-
-def train(config: Config) -> None:
-    """Algorithm 1. Raises ValueError for bad input, before it writes into output_dir.
-
-    Raises KeyboardInterrupt after a signal, SystemExit if a checkpoint can't be written or three
-    gradients in a row are not finite.
-    """
-    log = Path(config.output_dir, "metrics.jsonl")
-    check_output(config)
-    if config.batch_size % RANKS:
-        raise ValueError(f"--batch_size {config.batch_size} can't be shared by {RANKS} processes")
-    tokenizer = load_tokenizer(config.model)
-    prompts = load_prompts(config, tokenizer)
-    student, teacher, optimizer, done = begin(config)  # theta_bar <- theta
-    check_length(student, [ids for pair in prompts for ids in pair], config.max_new_tokens)
-    check_room(student, config, done)
-
-    teacher.requires_grad_(False)  # and in evaluation mode, as it was loaded
-    student.activation_checkpointing_enable()
-    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    student.generation_config = sampling_settings(
-        student.generation_config, max_new_tokens=config.max_new_tokens, **sampling
-    )
-    stop_ids = student.generation_config.eos_token_id
-    wait()  # all ranks have passed all checks
-    if RANK == 0:
-        print(f"{done} of {config.steps} steps are done")
-        start_log(log, done)
-    wait()  # it could be written; until here a signal ends a rank at once
-    skipped, signals = 0, catch_signals()
-    stream = itertools.islice(batches(prompts, config.batch_size, config.seed), done, None)
-    with tqdm(initial=done, total=config.steps, unit="step", disable=RANK > 0) as bar:
-        for step in range(done + 1, config.steps + 1):
-            # "if k mod M == 0: theta_bar <- theta"
-            refreshed = config.refresh_every > 0 and step % config.refresh_every == 0
-            if refreshed:
-                teacher.load_state_dict(student.state_dict())  # Eq. (2)
-
-            # "sample a batch of B problems", of which each rank takes its share
-            batch = next(stream)[RANK::RANKS]
-
-            # "one rollout y_i of each from the student"
-            start = time.perf_counter()
-            seed = (config.seed * 100_000 + step) * 1_000 + RANK
-            torch.manual_seed(seed)  # the same when resumed
-            completions = []
-            for first in range(0, len(batch), config.rollout_batch_size):
-                part = batch[first : first + config.rollout_batch_size]
-                completions += rollout(student, [x for x, _ in part])
-            rollout_seconds = time.perf_counter() - start
-
-            # "student and teacher logits on the same y_i; L_i = sum_t KL(q_t || p_t)"
-            start = time.perf_counter()
-            student.train()
-            means, divergences = torch.zeros(3, device=DEVICE), []
-            triples = [(x, x_c, y) for (x, x_c), y in zip(batch, completions, strict=True)]
-            triples.sort(key=lambda triple: len(triple[-1]))  # less padding
-            for first in range(0, len(triples), config.micro_batch_size):
-                part = triples[first : first + config.micro_batch_size]
-                micro_loss, micro_means, micro_divergences = distillation_loss(
-                    student, teacher, part, config.divergence, config.batch_size
-                )
-                micro_loss.backward()  # hands the gradient to the optimizer
-                means += micro_means
-                divergences += micro_divergences
-
-            # "one step on (1/B) sum_i L_i"
-            grad_norm = optimizer.step()
-            skipped = 0 if math.isfinite(grad_norm) else skipped + 1
-
-            cut = [y[-1] not in stop_ids for y in completions]
-            counts = [sum(map(len, completions)), sum(cut), len(signals)]
-            tokens, truncated, interrupted = all_sum(torch.tensor(counts, device=DEVICE)).tolist()
-            loss, student_entropy, teacher_entropy = all_sum(means).tolist()
-            metrics = {
-                "step": step,
-                "loss": loss,
-                "completion_tokens": tokens / config.batch_size,
-                "truncated": truncated / config.batch_size,
-                "student_entropy": student_entropy,
-                "teacher_entropy": teacher_entropy,
-                "grad_norm": grad_norm,
-                "skipped": skipped > 0,
-                "rollout_seconds": rollout_seconds,
-                "update_seconds": time.perf_counter() - start,
-                "tokens_per_second": tokens / rollout_seconds,
-                "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9,
-                "refreshed": refreshed,
-            }
-            bar.update()
-            bar.set_postfix_str(
-                f"{metrics['completion_tokens']:.0f} tokens, {metrics['truncated']:.0%} cut, "
-                f"loss {loss:.4f}, entropy {student_entropy:.2f}"
-            )
-            last = step == config.steps  # saved below, as a model and without what --resume needs
-            interrupted = interrupted and not last
-            save_point = config.save_every > 0 and step % config.save_every == 0 and not last
-            if RANK == 0:
-                with log.open("a") as file:
-                    file.write(json.dumps(metrics) + "\n")
-                if step == 1 or save_point or last:
-                    nth = math.ceil(len(triples) / 4)  # at most four, from short to long
-                    kept = [y for _, _, y in triples[::nth]], divergences[::nth]
-                    keep_rollouts(log.with_name(f"rollouts-{step}.jsonl"), tokenizer, *kept)
-                if truncated == config.batch_size:
-                    bar.write(f"step {step}: every rollout was cut at --max_new_tokens", sys.stderr)
-            if save_point or interrupted or skipped == 3:
-                checkpoint(student, teacher, tokenizer, optimizer, config, step)
-            if skipped == 3:
-                raise SystemExit(
-                    "opsdc.py: three gradients in a row were not finite and their updates skipped: "
-                    f"look at the model, or at a lower --learning_rate; step {step} is saved"
-                )
-            if interrupted:
-                raise KeyboardInterrupt(f"step {step} is saved, --resume goes on")
-    if RANK == 0:
-        with saving(log.parent, config):
-            save(student, teacher, tokenizer, config, log.parent)
-
-
-# ---- Optimizer: fp32 behind bf16 weights, shared out over the ranks ------------------------------
-
-
-class MasterAdamW:
-    """AdamW on fp32 masters of a model's weights: at 1e-6, next to no bf16 weight would move.
-
-    Every rank holds all weights. Each weight has one owner, which keeps its master, gradient and
-    moments, on its GPU or (--offload) in host memory. Backward hands every gradient to its owner,
-    summed over the ranks, as soon as it is ready: there they add up in fp32.
-    """
-
-    def __init__(self, model: Model, config: Config) -> None:
-        self.owner, self.masters = {}, {}
-        owned = [0] * RANKS  # numbers
-        for weight in sorted(model.parameters(), key=torch.numel, reverse=True):
-            self.owner[weight] = owner = owned.index(min(owned))
-            owned[owner] += weight.numel()
-            weight.register_post_accumulate_grad_hook(self.take_gradient)
-            if owner == RANK:
-                place = "cpu" if config.offload else weight.device
-                self.masters[weight] = weight.detach().to(place, torch.float32, copy=True)
-                self.masters[weight].grad = torch.zeros_like(self.masters[weight])
-        self.max_norm = config.max_grad_norm
-        options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
-        self.adamw = torch.optim.AdamW(self.masters.values(), **options)
-
-    def take_gradient(self, weight: torch.Tensor) -> None:
-        """Adds the gradient that backward has just finished to its owner's, and frees it."""
-        gradient, weight.grad = weight.grad, None
-        if RANKS > 1:
-            gradient = gradient.float()
-            dist.reduce(gradient, self.owner[weight])
-        if weight in self.masters:
-            master = self.masters[weight]
-            master.grad += gradient.to(master.device)
-
-    @torch.no_grad()
-    def step(self) -> float:
-        """Clips, updates the masters, rounds them into the weights.
-
-        Returns the gradient's norm before clipping; nothing is updated if that is not finite.
-        """
-        masters = list(self.masters.values())
-        norm = torch.nn.utils.get_total_norm([master.grad for master in masters])
-        norm = all_sum(norm.to(DEVICE) ** 2).sqrt()
-        if norm.isfinite():
-            torch.nn.utils.clip_grads_with_norm_(masters, self.max_norm, norm)
-            self.adamw.step()
-        self.adamw.zero_grad(set_to_none=False)
-        for weight, owner in self.owner.items():
-            if owner == RANK:
-                weight.copy_(self.masters[weight])
-            if RANKS > 1:
-                dist.broadcast(weight, owner)
-        return norm.item()
-
-    def state_dict(self) -> dict:
-        """This rank's masters and moments."""
-        return {"masters": list(self.masters.values()), "adamw": self.adamw.state_dict()}
-
-    def load_state_dict(self, state: dict) -> None:
-        for master, saved in zip(self.masters.values(), state["masters"], strict=True):
-            master.copy_(saved)
-        self.adamw.load_state_dict(state["adamw"])
-
-
-# ---- Ranks and their GPUs ------------------------------------------------------------------------
-
-
-def claim_gpu() -> None:
-    """Makes this rank's GPU, if there are any, the current one. Raises ValueError if it can't."""
-    if CUDA:
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ValueError("this GPU has no bf16, which everything here is in on a GPU")
-        if DEVICE.index >= torch.cuda.device_count():
-            raise ValueError(f"rank {RANK} has no GPU: start {torch.cuda.device_count()} a node")
-        torch.cuda.set_device(DEVICE)
-        torch.set_float32_matmul_precision("high")  # TF32, for the gradient of the head
-
-
-def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of the ranks' tensors, in place, on all of them."""
-    if RANKS > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def wait() -> None:
-    """Returns when all ranks have called it."""
-    if RANKS > 1:
-        dist.barrier()
-
-
-# ---- Checkpoints ---------------------------------------------------------------------------------
-
-OPTIMIZER_FILE = f"optimizer-{RANK}-of-{RANKS}.pt"
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes or replaces a file; a kill or a full disk leaves no half of one."""
-    unfinished = file.with_name(f"{file.name}.unfinished-{RANK}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)
-
-
-def save(student: Model, teacher: Model, tokenizer: Tokenizer, config: Config, to: Path) -> None:
-    """Writes an ordinary Hugging Face model directory, and run.json: configuration and versions."""
-    student.save_pretrained(to)
-    tokenizer.save_pretrained(to)
-    teacher.generation_config.save_pretrained(to)  # as shipped; the student's is the rollout's
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    run = {"config": asdict(config), "versions": versions | {"python": platform.python_version()}}
-    write_whole(to / "run.json", json.dumps(run, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def saving(to: Path, config: Config) -> Iterator[Path]:
-    """Gives a directory for what is unfinished. Raises SystemExit if `to` can't be written."""
-    unfinished = Path(config.output_dir, "unfinished")
-    try:
-        yield unfinished
-    except Exception as error:  # of a full disk, mostly, for which each library has its own
-        shutil.rmtree(unfinished, ignore_errors=True)
-        message = f"{to} can't be written ({error}); what was saved before is untouched"
-        raise SystemExit(f"opsdc.py: {message}: make room and go on with --resume") from error
-
-
-def checkpoint(
-    student: Model,
-    teacher: Model,
-    tokenizer: Tokenizer,
-    optimizer: MasterAdamW,
-    config: Config,
-    step: int,
-) -> None:
-    """Saves all that --resume needs in step-N. What has this name is complete."""
-    finished = Path(config.output_dir, f"step-{step}")
-    with saving(finished, config) as unfinished:
-        if RANK == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            save(student, teacher, tokenizer, config, unfinished)
-            teacher.save_pretrained(unfinished / "teacher")
-        wait()  # the directory is there
-        torch.save(optimizer.state_dict(), unfinished / OPTIMIZER_FILE)
-        wait()  # all have written
-        if RANK == 0:
-            shutil.rmtree(finished, ignore_errors=True)  # a damaged one
-            unfinished.rename(finished)
-        wait()  # no rank ends before
-
-
-# When resuming: how long, how fast, in how much memory and where. The rest decides what is learned.
+# What --resume may change: how long, how fast, where. The rest decides what is learned.
 MAY_CHANGE = {"output_dir", "steps", "save_every", "offload", "resume", "micro_batch_size"}
 MAY_CHANGE |= {"rollout_batch_size"}  # though other samples of the same distribution are drawn
 
 
-def begin(config: Config) -> tuple[Model, Model, MasterAdamW, int]:
-    """Student, teacher, optimizer, and how many steps they have done.
+def start_ranks() -> None:
+    """Joins torchrun's process group, or makes a group of one process; claims this rank's GPU."""
+    if CUDA:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.set_float32_matmul_precision("high")  # TF32 for the gradient of the head
+    launched = {"RANK", "WORLD_SIZE"} & os.environ.keys()
+    alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(timeout=timedelta(days=1), **alone)  # rollouts may take hours
 
-    That is none, or with --resume what the newest checkpoint holds that can be read. Raises
-    ValueError if none of them can, or if it is of a run with another configuration.
-    """
-    found = Path(config.output_dir).glob("step-*") if config.resume else []
-    steps = [int(d.name[5:]) for d in found if d.name[5:].isdecimal()]
-    for step in sorted(steps, reverse=True):
-        directory = Path(config.output_dir, f"step-{step}")
-        readable, student, teacher, saved = 0, None, None, None  # frees what was passed over
-        try:
-            with reading(directory):
-                before = json.loads((directory / "run.json").read_text())["config"]
-                file = directory / OPTIMIZER_FILE
-                saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            student, teacher = load_model(directory), load_model(directory / "teacher")
-            readable = 1
-        except ValueError as error:  # the checkpoint before may be whole
-            print(f"passed over: {error}", file=sys.stderr)
-        if all_sum(torch.tensor(readable, device=DEVICE)) < RANKS:
+
+def check_options(config: Config) -> None:
+    """Raises ValueError for an option out of range, and for an output_dir that is in the way."""
+    may_be_0 = {"refresh_every", "save_every", "weight_decay", "seed", "offload", "resume"}
+    at_most_1 = {"top_p", "learning_rate", "refresh_share"}
+    for name, value in asdict(config).items():
+        largest = 1 if name in at_most_1 else 2**32 - 1
+        if isinstance(value, str) or value == 0 and name in may_be_0 or 0 < value <= largest:
             continue
-        for name in before.keys() - MAY_CHANGE:
-            if before[name] != getattr(config, name):
-                raise ValueError(f"{directory} was made with --{name} {before[name]}")
-        optimizer = MasterAdamW(student, config)
-        optimizer.load_state_dict(saved)
-        return student, teacher, optimizer, step
-    if steps:
-        raise ValueError(f"{config.output_dir} has no checkpoint for {RANKS} rank(s) to go on from")
-    student, teacher = load_model(config.model), load_model(config.model)  # theta_bar <- theta
-    ids, head = torch.arange(8, device=DEVICE)[None], student.get_output_embeddings().weight
-    with torch.no_grad():
-        logits, product = student(ids).logits, student.base_model(ids)[0] @ head.T
-    if (logits - product).abs().max() > 0.02 * logits.abs().max():
-        raise ValueError(f"{config.model} is no causal model whose logits are states times head")
-    return student, teacher, MasterAdamW(student, config), 0
+        raise ValueError(f"--{name} is {value}, but must be more than 0, at most {largest}")
+    if config.batch_size % dist.get_world_size():
+        raise ValueError(f"--batch_size {config.batch_size} is no multiple of the processes")
+    output_dir = Path(config.output_dir).expanduser()
+    present = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
+    if not config.output_dir or present and not (config.resume and "run.json" in present):
+        raise ValueError(f"--output_dir {output_dir} is not empty: choose another, or --resume")
+    if "tokenizer_config.json" in present:
+        raise ValueError(f"--output_dir {output_dir} holds a finished run: choose another")
 
 
-# ---- Reading: models and rows, or one line that says what is wrong -------------------------------
-
-
-@contextlib.contextmanager
-def reading(source: str | Path) -> Iterator[None]:
-    """Turns whatever a library raises over a bad source into a ValueError of one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        if isinstance(error, datasets.exceptions.DatasetGenerationError):
-            error = error.__cause__  # itself it says only that it happened
-        line = str(error).partition("\n")[0]
-        raise ValueError(f"{source} can't be read: {line}") from error
-
-
-def load_tokenizer(name: str) -> Tokenizer:
-    """A model's tokenizer. Raises ValueError unless it fits the model and has a chat template."""
-    with reading(name):
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        vocabulary = config.get_text_config().vocab_size
-        if len(tokenizer) > vocabulary or not all(encode_chat(tokenizer, ["1 + 1"])):
-            raise ValueError(f"{len(tokenizer)} tokens in its tokenizer, {vocabulary} in its model")
-    return tokenizer
-
-
-def load_model(name: str | Path) -> Model:
-    """A causal language model, in DTYPE on DEVICE. Raises ValueError if it can't be read."""
-    with reading(name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPE, trust_remote_code=False)
-    return model.to(DEVICE)
-
-
-def json_rows(file: str) -> list[dict]:
-    """The rows of a .jsonl file. Raises ValueError that names the first that is no JSON object."""
-    rows = []
-    for number, line in enumerate(open(file, encoding="utf-8"), 1):
+def claim_output(run: SimpleNamespace) -> None:
+    """Locks run.json until the process ends; it holds the configuration and the data's digest.
+    Raises ValueError if another process has the lock, or if the file is of another run."""
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    run.lock = open(run.output_dir / "run.json", "a+", encoding="utf-8")
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    now = {"config": asdict(run.config), "prompts": digest(json.dumps(run.prompts))}
+    with reading(run.lock.name):
         try:
-            row = json.loads(line) if line.strip() else {}
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(f"row {number} is no JSON object")
-        rows += [row] if row else []
-    if not rows:
-        raise ValueError("it has no rows")
-    return rows
+            fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError("another run is using it") from None
+        run.lock.seek(0)
+        if not (text := run.lock.read()):
+            run.lock.write(json.dumps({**now, "versions": versions}, indent=2) + "\n")
+            run.lock.flush()
+        elif not run.config.resume:
+            raise ValueError("another run has just ended here")
+        else:
+            before = json.loads(text)
+            options = asdict(Config()) | before["config"]  # what it does not know was the default
+            for name in options.keys() - MAY_CHANGE:
+                if options[name] != now["config"].get(name):
+                    raise ValueError(f"it is of a run with --{name} {options[name]}")
+            if before["prompts"] != now["prompts"]:
+                raise ValueError("it is of a run with other data or another chat template")
 
 
-def check_texts(source: str, column: str, cells: list) -> None:
-    """Raises ValueError that names the first row without a text."""
-    for number, cell in enumerate(cells, 1):
-        if not (isinstance(cell, str) and cell.strip()):
-            raise ValueError(f"{source}, row {number}: the {column} is {cell!r}, not a text")
+def prepare(config: Config) -> SimpleNamespace:
+    """Loads what `train` needs. What can be refused is refused here, before anything is written."""
+    start_ranks()
+    check_options(config)
+    run = SimpleNamespace(config=config, output_dir=Path(config.output_dir).expanduser())
+    with reading(config.model):
+        run.tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
+    run.prompts = load_prompts(config, run.tokenizer)
 
+    # student: fp32 weights, a part on each rank; teacher: the same, without gradients.
+    student, teacher = (load_model(config.model, "auto", "cpu") for _ in range(2))
+    run.student = shard(student, config.offload)
+    run.teacher = shard(teacher.requires_grad_(False), config.offload)  # theta_bar <- theta
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+    run.optimizer = torch.optim.AdamW(run.student.parameters(), **options)
 
-def load_rows(source: str, split: str = "train") -> datasets.Dataset:
-    """Rows of a .jsonl, .json or .parquet file, or of the split of a hub dataset.
-
-    Raises ValueError if there are none to be read.
-    """
-    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    with reading(source):
-        if source.endswith(".jsonl"):
-            json_rows(source)  # raises with the number of a bad row, which datasets counts from 0
-        if kind := kinds.get(Path(source).suffix):
-            return datasets.load_dataset(kind, data_files=source, split="train")
-        return datasets.load_dataset(source, split=split)
-
-
-# ---- Checks, log, interruption -------------------------------------------------------------------
-
-
-def check_length(model: Model, prompts: list[Ids], max_new_tokens: int) -> None:
-    """Raises ValueError if a prompt and its completion can exceed the positions that model has."""
-    longest = max(map(len, prompts)) + max_new_tokens
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    if longest > positions:
-        room = f"{model.name_or_path} has {positions} positions"
-        raise ValueError(f"prompt + --max_new_tokens is {longest}, but {room}")
-
-
-def existing(directory: str) -> Path:
-    """The directory itself, or the nearest one above it that exists."""
-    path = Path(directory).absolute()
-    return next(p for p in (path, *path.parents) if p.exists())
-
-
-def check_output(config: Config) -> None:
-    """Raises ValueError if output_dir holds another run or can't be written."""
-    output_dir, parent = Path(config.output_dir), existing(config.output_dir)
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise ValueError(f"--output_dir {output_dir} can't be written: look at {parent}")
-    if (output_dir / "metrics.jsonl").exists() and not config.resume:
-        raise ValueError(f"{output_dir} holds a run: --resume it or choose another --output_dir")
-    if (output_dir / "run.json").exists():  # the last file that a run writes
-        raise ValueError(f"{output_dir} holds a finished run: choose another --output_dir")
-
-
-def check_room(model: Model, config: Config, done: int) -> None:
-    """Raises ValueError if the disk lacks the room for all that this run will save."""
-    numbers, every = sum(weight.numel() for weight in model.parameters()), config.save_every
-    checkpoints = max(0, (config.steps - 1) // every - done // every) if every else 0
-    models = 1 + 2 * checkpoints  # a checkpoint has student and teacher, and AdamW's fp32 thrice
-    need = numbers * (models * DTYPE.itemsize + checkpoints * 3 * torch.float32.itemsize)
-    if need > (free := shutil.disk_usage(existing(config.output_dir)).free):
-        sizes = f"the run will save {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
-        raise ValueError(f"--output_dir: {sizes}: raise --save_every or choose another")
-
-
-def start_log(log: Path, done: int) -> None:
-    """Leaves in metrics.jsonl the rows of the steps that are done and no more."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(log, "".join(log.read_text().splitlines(True)[:done]) if done else "")
-
-
-def keep_rollouts(
-    file: Path, tokenizer: Tokenizer, completions: list[Ids], divergences: list[list[float]]
-) -> None:
-    """Keeps rollouts with the divergence of every token, in nats: where the teacher disagrees.
-
-    Prints the first one on a terminal, its tokens from white to red where the divergence is most.
-    """
-    rows = [
-        {"tokens": [tokenizer.decode([token]) for token in y], "divergence": divergence}
-        for y, divergence in zip(completions, divergences, strict=True)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if sys.stdout.isatty() and 0 < sum(divergences[0]) < math.inf:
-        most = max(divergences[0])
-        fades = [255 - round(255 * max(nats, 0) / most) for nats in divergences[0]]
-        tinted = zip(rows[0]["tokens"], fades, strict=True)
-        text = "".join(f"\033[30;48;2;255;{fade};{fade}m{token}" for token, fade in tinted)
-        tqdm.write(f"{text}\033[0m\n{file.stem}: from white, 0, to red, {most:.3f} nats")
-
-
-def catch_signals() -> list[float]:
-    """The list that will hold the times of Ctrl-C and SIGTERM; each after the first raises.
-
-    Within a second they are the same: torchrun passes on what each rank may have got by itself.
-    """
-    caught = []
-
-    def catch(*_) -> None:
-        if caught and time.monotonic() < caught[-1] + 1:
-            return
-        caught.append(time.monotonic())
-        if len(caught) > 1:
-            raise KeyboardInterrupt("--resume goes on from the newest checkpoint, if there is one")
-
-    signal.signal(signal.SIGINT, catch)
-    signal.signal(signal.SIGTERM, catch)
-    return caught
-
-
-# ---- Command line --------------------------------------------------------------------------------
+    # sampler: the student's weights in DTYPE, whole on every rank; generates, is saved.
+    run.sampler = load_model(config.model)
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    run.sampler.generation_config = sampling_settings(
+        run.sampler,
+        [ids for pair in run.prompts for ids in pair],
+        config.max_new_tokens,
+        **sampling,
+    )
+    dist.barrier()  # all ranks have passed all checks
+    if dist.get_rank() == 0:
+        claim_output(run)
+    dist.barrier()
+    names = (path.name[5:] for path in run.output_dir.glob("step-*"))
+    run.done = max((int(name) for name in names if name.isdecimal()), default=0)
+    if run.done:  # by any number of ranks
+        with reading(directory := run.output_dir / f"step-{run.done}"):
+            dcp.load(training_state(run), checkpoint_id=directory)  # into the tensors in use
+        copy_to_sampler(run.student, run.sampler)
+    run.signals, run.log = [], None  # times of Ctrl-C and the like; metrics.jsonl on the first rank
+    if dist.get_rank() == 0:
+        run.log = open(run.output_dir / "metrics.jsonl", "a+", encoding="utf-8")
+        run.log.seek(0)
+        run.log.truncate(sum(len(row) for row in run.log.readlines()[: run.done]))
+        tqdm.write(f"{len(run.prompts)} problems", sys.stderr)
+    hidden = dist.get_rank() > 0
+    run.bar = tqdm(initial=run.done, total=config.steps, unit="step", disable=hidden)
+    transformers.utils.logging.disable_progress_bar()  # of save_pretrained: it may fail to write
+    return run
 
 
 def main() -> None:
-    """Command line: a flag for each field of Config; @file reads flags from a file, one a line."""
+    """A flag for each field of Config; @file reads flags from a file, one a line.
+    Exit code 2: bad input, nothing was written. 1: ended by an error. 130: interrupted."""
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], fromfile_prefix_chars="@")
-    arguments = parser.parse_args()
     try:
-        config = Config(**vars(arguments))
-        claim_gpu()
-        if RANKS > 1:
-            limit = timedelta(days=1)  # one rank's rollouts may take much longer than another's
-            engine, device = ("nccl", DEVICE) if CUDA else ("gloo", None)
-            dist.init_process_group(engine, timeout=limit, device_id=device)
-        train(config)
-    except (ValueError, OSError) as error:
-        message = str(error).partition("\n")[0]
-        parser.exit(2, f"opsdc.py: error: {message}\n")
+        run = prepare(Config(**vars(parser.parse_args())))
+    except Exception as error:
+        if sys.flags.dev_mode:  # python -X dev opsdc.py ... shows the traceback
+            raise
+        parser.exit(2, f"opsdc.py: error: {one_line(error)}\n")
+    catch_signals(run.signals)
+    try:
+        with run.bar:
+            train(run)
     except KeyboardInterrupt as interrupt:
-        parser.exit(130, f"opsdc.py: interrupted; {str(interrupt) or 'nothing was written'}\n")
+        parser.exit(130, f"opsdc.py: interrupted: {interrupt}\n")
     except torch.OutOfMemoryError:
         remedy = "lower --rollout_batch_size if in a rollout, else --micro_batch_size, or --offload"
         parser.exit(1, f"opsdc.py: out of GPU memory: {remedy}; go on with --resume\n")
-    if RANKS > 1:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from opsdc import INSTRUCTIONS, encode_chat, student_prompt, teacher_prompt  # noqa: E402
+from opsdc import Chat, encode_chats, prompt_pair  # noqa: E402
 
 Digits = tuple[int, ...]  # the summands of a problem
 
@@ -206,12 +206,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return model
 
 
-def prompt_text(digits: Sequence[int], style: str) -> str:
-    """The prompt that a style of answer stands behind."""
-    problem = problem_text(digits)
+def prompt_chat(digits: Sequence[int], style: str) -> Chat:
+    """The prompt that a style of answer stands behind: the student's, or v1's or v2's teacher's."""
+    problem = [{"role": "user", "content": problem_text(digits)}]
     if style == "student":
-        return student_prompt(problem)
-    return teacher_prompt(problem, INSTRUCTIONS[style])
+        return prompt_pair(problem, "v1")[0]
+    return prompt_pair(problem, style)[1]
 
 
 def example_batches(
@@ -225,7 +225,7 @@ def example_batches(
         levels = rng.choices(LEVELS, weights=LEVELS, k=len(styles))
         problems = [draw_digits(rng, level, held_out) for level in levels]
         pairs = list(zip(problems, styles, strict=True))
-        prompts = encode_chat(tokenizer, [prompt_text(*pair) for pair in pairs])
+        prompts = encode_chats(tokenizer, [prompt_chat(*pair) for pair in pairs])
         texts = [answer_text(digits, STYLES[style], rng) for digits, style in pairs]
         answers = tokenizer([text + tokenizer.eos_token for text in texts]).input_ids
         rows = sorted(zip(prompts, answers, strict=True), key=lambda row: len(row[1]))
@@ -255,7 +255,7 @@ def main() -> None:
     texts = ["user", "assistant"]
     for digits in train:
         for name, style in STYLES.items():
-            texts += [prompt_text(digits, name), answer_text(digits, style, rng)]
+            texts += [prompt_chat(digits, name)[0]["content"], answer_text(digits, style, rng)]
     tokenizer = make_tokenizer(texts)
     model = make_model(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
