@@ -1,109 +1,70 @@
-"""Accuracy and tokens on MATH-500 and AIME, by the paper's grader and by a careful one.
+"""Accuracy and tokens on MATH-500, AIME or your own problems, by the paper's grader and another.
 
     python eval.py Qwen/Qwen3-8B runs/opsdc       # the baseline first, then what it is compared to
     python eval.py Qwen/Qwen3-8B Qwen/Qwen3-8B --prompt student v1    # the concise-prompt baseline
     python eval.py @toy/eval                      # the toy: base, concise prompt, trained
 
 Each response gets four verdicts, all by math-verify:
-    dual           the paper's (version 2): right if either of the next two is
-    answer-only    its first path: the last `Answer: X` in the response
-    boxed-only     its second path: the whole response
-    final          what a careful person accepts: the answer stated last, after the thinking
+    final          for a careful reader: the answer stated last, after the thinking
+    answer_only    the paper's first path: the last `Answer: X` in the response
+    boxed_only     the paper's second path: the whole response
+    dual           the paper's (version 2): right if one of its two paths is right
 
-Every sample is a row of a samples-RANK.jsonl in --output_dir, written batch by batch. Started again
-with the same arguments, the evaluation goes on where it stopped. `torchrun --nproc-per-node 8
-eval.py ...` splits the batches over GPUs; any number of ranks may go on. A batch has its own seed
-and always the same problems, so that one whose rows were lost is sampled as it was.
+`final` refuses on purpose: a number that no `Answer:` and no box states, a sentence around a number
+other than "the answer is 5", rounded decimals, a box or a thinking block that is not closed.
+
+Each sample is a row of a samples-RANK.jsonl in --output_dir, written batch by batch. The same
+command, started again, continues an interrupted evaluation. `torchrun --nproc-per-node 8 eval.py
+...` splits the batches over GPUs; any number of ranks may continue. Each batch has its own seed and
+always the same problems, so a lost batch is sampled again, identically.
 """
 
 import contextlib
-import hashlib
+import fcntl
 import json
 import logging
 import math
 import multiprocessing
 import os
-import queue
 import re
 import resource
 import signal
-import statistics
-import time
-from collections import Counter, defaultdict
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from itertools import chain
-from multiprocessing.connection import Connection
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import IO
 
+import pandas as pd
 import torch
+import torch.distributed as dist
+from latex2sympy2_extended.math_normalization import extract_boxed_content
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
-from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
+from transformers import AutoTokenizer
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
-from opsdc import (
-    RANK,
-    RANKS,
-    check_length,
-    check_texts,
-    claim_gpu,
-    encode_chat,
-    instruction_text,
-    json_rows,
-    load_model,
-    load_rows,
-    load_tokenizer,
-    reading,
-    rollout,
-    sampling_settings,
-    student_prompt,
-    teacher_prompt,
-    wait,
-    write_whole,
-)
+import opsdc
 
 BENCHMARKS = {  # hub id, split
     "math500": ("HuggingFaceH4/MATH-500", "test"),
     "aime24": ("HuggingFaceH4/aime_2024", "train"),
     "aime25": ("math-ai/aime25", "test"),
 }
-GRADERS = ("final", "dual", "answer_only", "boxed_only")  # in the order of the report
-
-# The paper, version 2: accuracy in % by the dual grader / mean tokens; 8 samples, 30,000 tokens.
-PAPER = {
-    ("Qwen3-8B", "base"): "95.7/4884 76.2/14229 70.4/16492",
-    ("Qwen3-8B", "prompt v1"): "95.6/2983 74.2/11352 62.1/14194",
-    ("Qwen3-8B", "prompt v2"): "94.2/3833 74.6/12837 63.7/15622",
-    ("Qwen3-8B", "trained v1"): "95.7/2107 72.9/9549 58.8/11804",
-    ("Qwen3-8B", "trained v2"): "95.7/3339 75.0/11799 65.8/13605",
-    ("Qwen3-14B", "base"): "93.0/4139 75.0/13222 69.2/15622",
-    ("Qwen3-14B", "trained v1"): "96.3/1808 73.8/8261 62.9/10611",
-    ("Qwen3-14B", "trained v2"): "95.2/2701 75.0/10615 67.1/12990",
-    ("DeepSeek-R1-Distill-Llama-8B", "base"): "71.3/3313 33.3/11042 25.0/11983",
-    ("DeepSeek-R1-Distill-Llama-8B", "trained v1"): "82.1/2267 39.2/10351 27.1/11131",
-}
-# Version 1 of the paper: accuracy in % by its strict `Answer:` line grader.
-PAPER_V1 = {
-    ("Qwen3-14B", "base"): {"math500": 70.0, "aime24": 65.8},
-    ("Qwen3-14B", "trained v1"): {"math500": 86.1, "aime24": 76.3},
-    ("Qwen3-8B", "trained v1"): {"math500": 86.6},
-}
-# Version 2, MATH-500, by path: answer-only and boxed-only.
-PAPER_PATHS = {("Qwen3-14B", "base"): (57.7, 54.5), ("Qwen3-14B", "trained v2"): (92.8, 10.0)}
+VERDICTS = ["final", "dual", "answer_only", "boxed_only"]  # in the order of the report
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the samples depend on, beside the models."""
+    """What the samples depend on, beside the models. Raises ValueError for a bad value."""
 
-    benchmarks: list[str] = HfArg(
-        default_factory=lambda: list(BENCHMARKS), help="of math500, aime24, aime25, from the hub"
-    )
     data: list[str] = HfArg(
-        default_factory=list, help="instead: files of rows with problem, answer and maybe level"
+        default_factory=lambda: list(BENCHMARKS),
+        help="math500, aime24, aime25, a file or a hub id: rows of problem, answer, maybe level",
     )
     prompt: list[str] = HfArg(
         default_factory=lambda: ["student"],
@@ -119,12 +80,11 @@ class Settings:
     seed: int = HfArg(default=0, help="of sampling")
 
     def __post_init__(self) -> None:
-        for name in ("samples", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("limit", "top_k", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}, but must be 0 or more")
+        least = {"samples": 1, "max_new_tokens": 1, "batch_size": 1, "limit": 0, "top_k": 0}
+        for name, low in {**least, "seed": 0}.items():
+            if not low <= getattr(self, name) < 2**32:
+                wish = f"from {low} to 2**32 - 1"
+                raise ValueError(f"--{name} is {getattr(self, name)}, but must be {wish}")
         if not (0 < self.temperature < math.inf and 0 < self.top_p <= 1):
             raise ValueError("--temperature must be more than 0, --top_p more than 0 and at most 1")
 
@@ -132,546 +92,431 @@ class Settings:
 # ---- Problems ------------------------------------------------------------------------------------
 
 
-def load_benchmarks(settings: Settings) -> dict[str, list[dict]]:
-    """The problems of each benchmark: dicts with id, problem, answer, level (None where unknown).
+def load_problems(source: str, limit: int) -> list[dict]:
+    """The problems of a benchmark: dicts with benchmark, id, chat, answer, level (None if unknown).
 
-    Raises ValueError for an unknown benchmark, and for a row without a problem and an answer.
+    Raises ValueError for a source that can't be read and for a bad row.
     """
-    sources = {Path(file).stem: file for file in settings.data} or {
-        name: BENCHMARKS.get(name) for name in settings.benchmarks
-    }
-    if len(sources) < len(settings.data):
-        raise ValueError("--data has two files of the same name, which tells benchmarks apart")
-    loaded = {}
-    for name, source in sources.items():
-        if source is None:
-            raise ValueError(f"no benchmark {name!r}: {', '.join(BENCHMARKS)}, or a file by --data")
-        rows = load_rows(*source) if isinstance(source, tuple) else load_rows(source)
-        if not {"problem", "answer"} <= set(rows.column_names):
-            raise ValueError(f"{source} has columns {rows.column_names}, not problem and answer")
-        answers = ["" if answer is None else str(answer) for answer in rows["answer"]]
-        check_texts(name, "problem", rows["problem"])
-        check_texts(name, "answer", answers)
-        loaded[name] = [
-            {
-                "id": str(row.get("unique_id", row.get("id", i))),
-                "problem": row["problem"],
-                "answer": answer,
-                "level": row.get("level"),
-            }
-            for i, (row, answer) in enumerate(zip(rows, answers, strict=True))
-        ][: settings.limit or None]
-        if len({row["id"] for row in loaded[name]}) < len(loaded[name]):
-            raise ValueError(f"{source} gives several problems the same id")
-    return loaded
+    rows, problems = opsdc.load_rows(*BENCHMARKS.get(source, (source,))), []
+    for i, (row, chat) in enumerate(zip(rows, opsdc.read_chats(source, rows), strict=True)):
+        answer = row.get("answer", (row.get("reward_model") or {}).get("ground_truth"))  # DAPO's
+        for name, value in {"answer": answer, "level": row.get("level")}.items():
+            good = isinstance(value, str | int | float) and value == value  # NaN is not
+            if not (good and str(value).strip(" #\n") or name == "level" and value is None):
+                raise ValueError(f"{source}, row {i + 1}: {name} is {value!r}, no text or number")
+        number, answer = row.get("unique_id", row.get("id", i)), str(answer).rpartition("####")[2]
+        problem = {"benchmark": Path(source).stem, "id": str(number), "chat": chat}
+        problems.append(problem | {"answer": answer.strip(), "level": row.get("level")})
+    if len({isinstance(p["level"], str) for p in problems if p["level"] is not None}) > 1:
+        raise ValueError(f"{source} has numbers and texts as levels, which have no order")
+    if len({problem["id"] for problem in problems}) < len(problems):
+        raise ValueError(f"{source} gives several problems the same id")
+    return problems[: limit or None]
 
 
-# ---- Grading ------------------------------------------------------------------------------------
+# ---- Grading -------------------------------------------------------------------------------------
 
 LONGEST_ANSWER = 1000  # characters: nobody accepts a longer final answer
-WORKER_MEMORY = 2 << 30  # bytes, beside what a worker starts with: libraries hold some per core
+forkserver.set_forkserver_preload(["opsdc", "math_verify", "pandas", "pebble"])  # of workers
+WORKER_MEMORY = 2 << 30  # bytes, beside what a worker starts with
 
 PAPER_ANSWER = re.compile(r"answer\s*:\s*([^\n]+)", re.I)
 # A line "Answer: X", with markdown or "the final" before it; inside a line only with a capital,
-# as "we check our answer: ..." states nothing.
+# because "we check our answer: ..." states nothing. A display needs no colon before it.
 ANSWER = re.compile(
-    r"(?:^[ \t>#*_-]*(?:(?i:the|my|final)[ \t]+)*(?i:answers?)|\bA(?:nswers?|NSWERS?))[*_ \t]*:",
+    r"(?:^[ \t>#*_-]*(?:(?i:the|my|final)[ \t]+)*(?i:answers?)|\bA(?:nswers?|NSWERS?))"
+    r"(?:[ \t]+(?:is|are))?[*_ \t]{0,9}(?::|\s{0,9}(?=\$\$|\\\[))"
+    r"|\banswers?[ \t]+(?:is|are)[*_ \t]{0,9}:?\s{0,9}(?=\$\$|\\\[)",
     re.M,
 )
-BOX = re.compile(r"\\boxed\s*\{(?!\s*\})")
+EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{\s*\}")
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 DISPLAY = re.compile(r"\$\$.+?\$\$|\\\[.+?\\\]", re.S)
 # Formulas between dollars or brackets; "$1$, $2$ and $3$" counts as one.
 FORMULA = r"(?:(?<!\\)\$\$?(?:\\\$|[^$])+\$\$?|\\\(.+?\\\)|\\\[.+?\\\])"
 FORMULAS = re.compile(rf"{FORMULA}(?:(?:[\s,;]|and|or)*{FORMULA})*", re.S)
+REASON = re.compile(r"[\s,;]+\(?(?:since|because)\b|,\s+(?:as|which)\b")  # it ends the answer
 UNIT = re.compile(r"(?<=\d)\s*(?:[€£¥]|(?:[cdkm]m|in|ft)\^?[23²³]|m[²³])$")  # not in math-verify
+# A number and at most three words, none of which can change its value: "5 dollars", "5 red balls".
+CHANGES = (
+    r"half|halves|thirds?|quarters?|\w+ths?|dozens?|hundreds?|thousands?|\w+illions?|percent\w*|"
+    r"squared|cubed|times|plus|minus|over|root|sqrt|factorial|mod\w*|base|log|sin|cos|tan|"
+    r"alpha|beta|theta|of|or|and|to|by|at|for|in|if|when|where|unless|with|without|"
+    r"more|less|than|not|is|are"
+)
+WORDS = re.compile(
+    rf"(\\?\$?-?\d[\d,]*(?:\.\d+)?)\**(?:\s+(?!(?:{CHANGES})\b)[a-zA-Z]{{3,}}){{1,3}}"
+)
+# math-verify takes 5 million for 5, 52_7 for 52_8 and the set {1, 2} for the point (1, 2).
+NUMBER_WORD = re.compile(r"dozen|hundred|thousand|\w+illion", re.I)
+BASE = re.compile(r"\d_\{?(\w+)")
+BRACKET = re.compile(r"(\\\{|\()[^(){}]*,")
 
 
 def paper_answer(response: str) -> str:
-    """What the paper's first path reads: the last `Answer: X`; "" where there is none."""
+    """The last `Answer: X`, boxed, as the paper's first path reads it; "" where there is none."""
     found = PAPER_ANSWER.findall(response)
-    return found[-1].strip().rstrip(".,;:?\"' \t") if found else ""
+    stated = found[-1].strip().rstrip(".,;:?\"' \t") if found else ""
+    return rf"\boxed{{{stated}}}" if stated else ""
 
 
-def final_answer(response: str, thinking_opened: bool = False) -> str:
-    """The answer stated last after the thinking, as text for math-verify; "" where there is none.
-
-    `thinking_opened`: the prompt already ends in an open <think>, as some chat templates make it.
-    """
-    _, closed, text = response.rpartition("</think>")
-    if "<think>" in text or (thinking_opened and not closed):
+def final_answer(response: str) -> str:
+    """The answer stated last after the thinking, for math-verify; "" where there is none."""
+    text = EMPTY_BOX.sub("", response.rpartition("</think>")[2])
+    if "<think>" in text:
         return ""  # it was still thinking when it ended
     marks, boxes = list(ANSWER.finditer(text)), list(BOX.finditer(text))
     if boxes and (not marks or boxes[-1].start() > marks[-1].start()):
-        return last_box(text, boxes[-1])
+        last = boxes[-1].start()
+        line = max(text.rfind("\n", 0, last), last - LONGEST_ANSWER) + 1
+        answer = extract_boxed_content(text[line : last + LONGEST_ANSWER], "last")
+        return rf"\boxed{{{plain(answer)}}}" if answer.count("{") == answer.count("}") else ""
     rest = text[marks[-1].end() :].lstrip(" \t\r\n*_") if marks else ""
-    display = DISPLAY.match(rest[:LONGEST_ANSWER])
-    answer = display[0] if display else rest.split("\n", 1)[0]
-    if len(answer) > LONGEST_ANSWER:
-        return ""
-    if not display:  # its first sentence, and of "the answer is 5" the 5
-        answer = re.split(r"\.\s", answer)[0]
-        answer = re.sub(r"^.*\b(?:is|are)\b:?\s+(?=.*[\d$\\])", "", answer)
-    answer = UNIT.sub("", answer.lstrip("*_`\"' \t").rstrip("*_`\"' \t.,;:?"))
-    answer = re.sub(r"√(\d+|\w|\([^()]*\))", r"\\sqrt{\1}", answer.replace("°", r"^\circ"))
+    if display := DISPLAY.match(rest[:LONGEST_ANSWER]):
+        answer = " ".join(display[0][2:-2].split())
+    else:  # its first sentence, without a reason, and of "the answer is 5" the 5
+        answer = re.split(r"\.\s", rest.split("\n", 1)[0])[0]
+        if len(answer) > LONGEST_ANSWER:
+            return ""
+        answer = REASON.split(answer)[0]
+        answer = re.sub(r"^.*\b(?:is|are|it's)\b:?\s+(?=.*[\d$\\])", "", answer)
+    answer = plain(UNIT.sub("", answer.lstrip("*_`\"' \t").rstrip("*_`\"' \t.,;:?")))
+    if number := WORDS.fullmatch(answer):
+        answer = number[1]
     # One formula in a sentence is the answer; of several, math-verify would take the last.
     alone = len(FORMULAS.findall(answer)) == 1
     return answer if alone or not answer else rf"\boxed{{{answer}}}"
 
 
-def last_box(text: str, last: re.Match[str]) -> str:
-    """The last box, from the first on its line: math-verify joins `\\boxed{1} and \\boxed{2}`."""
-    depth = 1
-    for end in range(last.end(), min(last.end() + LONGEST_ANSWER, len(text))):
-        depth += (text[end] == "{") - (text[end] == "}")
-        if depth == 0:
-            first = BOX.search(text, text.rfind("\n", 0, last.start()) + 1) or last
-            start = first.start() if end - first.start() < LONGEST_ANSWER else last.start()
-            return text[start : end + 1]
-    return ""  # cut off inside the box, or too long
+def plain(answer: str) -> str:
+    """The answer with LaTeX for a root sign, degrees and a bare `pi`, and 1\\,234 as 1234."""
+    answer = re.sub(r"√(\d+|\w|\([^()]*\))", r"\\sqrt{\1}", answer.replace("°", r"^\circ"))
+    answer = re.sub(r"(?<=\d)\\,(?=\d{3}(?!\d))", "", answer)
+    return re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi", answer)
 
 
-def same_answer(gold: str, text: str, paper: bool) -> bool:
-    """math-verify's verdict. Only the paper's settings also pick a plain number out of the text.
+def contradicts(gold: str, text: str) -> bool:
+    """Whether number words differ, or bases or brackets where both have some."""
+    patterns = (NUMBER_WORD, BASE, BRACKET)
+    words, *marks = ([set(p.findall(part)) for part in (gold, text)] for p in patterns)
+    return words[0] != words[1] or any(a and b and a.isdisjoint(b) for a, b in marks)
 
-    Each gold answer is LaTeX and goes into a box, as the paper does it. math-verify's own time
-    limits are off: they work in main threads only and cannot stop a computation in C.
+
+STATED = {"final": final_answer, "answer_only": paper_answer, "boxed_only": str}
+
+
+def compare(verdict: str, response: str, gold: str, limit: float) -> bool | None:
+    """One verdict of math-verify, in a grading process; None if it raises an error.
+
+    After `limit` seconds of processor time the kernel ends the process, inside C code too. Gold
+    answers are LaTeX; only the paper's paths also take a plain number out of the response.
+    math-verify's own time limits are off: they cannot stop C code.
     """
-    latex = LatexExtractionConfig()
-    right = parse(rf"\boxed{{{gold}}}", [latex], parsing_timeout=None)
-    settings = [ExprExtractionConfig(), latex] if paper else [latex]
-    return verify(right, parse(text, settings, parsing_timeout=None), timeout_seconds=None)
-
-
-def serve_comparisons(pipe: Connection, limit: float) -> None:
-    """Answer what comes down the pipe; the kernel ends this process if one comparison is too long.
-
-    Nothing handles the two signals, so they end it inside C code too. Processor time counts, so
-    that a busy machine changes no verdict; ten times as much on the clock, if something just waits.
-    """
-    logging.disable(logging.CRITICAL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the evaluation, the pipe's owner
-    with contextlib.suppress(ValueError, OSError):  # not every system has this limit
-        pages = Path("/proc/self/statm")  # of Linux
-        held = int(pages.read_text().split()[5]) * resource.getpagesize() if pages.exists() else 0
-        limits = held + WORKER_MEMORY, resource.RLIM_INFINITY
-        resource.setrlimit(resource.RLIMIT_DATA, limits)
-    pipe.send("ready")
-    with contextlib.suppress(EOFError):  # the evaluation has ended
-        while True:
-            task = pipe.recv()
-            signal.setitimer(signal.ITIMER_PROF, limit)
-            signal.setitimer(signal.ITIMER_REAL, 10 * limit)
-            try:
-                verdict = same_answer(*task)
-            except Exception:
-                verdict = None
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            pipe.send(verdict)
-
-
-class Grader:
-    """Grades in `workers` processes, each comparison within `limit` seconds of processor time.
-
-    A comparison that takes longer, or ends its process, is wrong and counted; a new one follows.
-    """
-
-    def __init__(self, workers: int = 1, limit: float = 5.0) -> None:
-        # Forked from a clean server that did the slow imports: a fork of ours would break CUDA.
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["opsdc", "math_verify"])
-        self.limit = limit
-        self.threads = ThreadPoolExecutor(workers)
-        self.idle: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-        for _ in range(workers):
-            self.idle.put(self.start())
-
-    def start(self) -> Connection:
-        ours, theirs = self.context.Pipe()
-        process = self.context.Process(
-            target=serve_comparisons, args=(theirs, self.limit), daemon=True
-        )
-        process.start()
-        theirs.close()
-        ours.recv()  # "ready"; raises if no such process can start at all
-        return ours
-
-    def compare(self, gold: str, text: str, paper: bool) -> bool | None:
-        """`same_answer` in an idle process; None where it was ended."""
-        if not text.strip():
+    signal.setitimer(signal.ITIMER_PROF, limit)
+    try:
+        text, latex = STATED[verdict](response), LatexExtractionConfig()
+        if not text.strip() or (verdict == "final" and contradicts(gold, text)):
             return False
-        worker = self.idle.get()
-        try:
-            worker.send((gold, text, paper))
-            return worker.recv()
-        except (EOFError, OSError):
-            worker.close()
-            worker = self.start()
-            return None
-        finally:
-            self.idle.put(worker)
+        kinds = [latex] if verdict == "final" else [ExprExtractionConfig(), latex]
+        right = parse(rf"\boxed{{{gold}}}", [latex], parsing_timeout=None)
+        return verify(right, parse(text, kinds, parsing_timeout=None), timeout_seconds=None)
+    except Exception:
+        return None
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
-    def grade(self, response: str, gold: str, thinking_opened: bool = False) -> dict[str, int]:
-        """The four verdicts, and `errors`: how many comparisons were ended."""
-        stated = paper_answer(response)
-        found = {
-            "answer_only": self.compare(gold, rf"\boxed{{{stated}}}" if stated else "", True),
-            "boxed_only": self.compare(gold, response, True),
-            "final": self.compare(gold, final_answer(response, thinking_opened), False),
-        }
-        verdicts = {name: bool(verdict) for name, verdict in found.items()}
+
+def start_worker() -> None:
+    """Prepares a grading process: limits its memory, does the slow first use of math-verify."""
+    logging.disable(logging.CRITICAL)
+    with contextlib.suppress(OSError, ValueError):  # no /proc, or a lower limit stands already
+        held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (held + WORKER_MEMORY, resource.RLIM_INFINITY))
+    compare("boxed_only", r"\boxed{\frac{1}{2}}", "1", limit=60)
+
+
+@contextlib.contextmanager
+def grading_pool(workers: int) -> Iterator[ProcessPool]:
+    """Grading processes, forked from a clean server: a fork of ours would break CUDA."""
+    context = multiprocessing.get_context("forkserver")
+    pool = ProcessPool(workers, initializer=start_worker, context=context)
+    try:
+        yield pool
+    finally:
+        pool.stop()
+        pool.join()
+
+
+def grade(pool: ProcessPool, rows: Iterable[tuple], limit: float = 5.0) -> list[dict[str, int]]:
+    """The verdicts of each (response, gold), and `errors`: how many comparisons were ended.
+
+    A response has `limit` seconds of processor time, and ten times as much on the clock. Each of
+    its three comparisons has a third: one that is ended counts as wrong and spoils no other.
+    """
+    share, graded = limit / 3, []
+    for futures in [
+        {name: pool.schedule(compare, (name, *row, share), timeout=10 * share) for name in STATED}
+        for row in rows
+    ]:
+        verdicts, errors = {}, 0
+        for name, future in futures.items():
+            try:
+                verdict = future.result()
+            except (ProcessExpired, TimeoutError):
+                verdict = None
+            verdicts[name], errors = bool(verdict), errors + (verdict is None)
         dual = verdicts["answer_only"] or verdicts["boxed_only"]
-        return {"dual": dual, **verdicts, "errors": list(found.values()).count(None)}
-
-    def grade_all(self, rows: Iterable[tuple]) -> list[dict[str, int]]:
-        """`grade` of each row of arguments, in order, the processes working side by side."""
-        return list(self.threads.map(lambda row: self.grade(*row), rows))
+        graded.append({**verdicts, "dual": dual, "errors": errors})
+    return graded
 
 
 # ---- Samples -------------------------------------------------------------------------------------
 
-
-def ask(problem: dict, prompt: str) -> str:
-    """The user's turn: of a `prompt` that is "student", or the name or text of an instruction."""
-    if prompt == "student":
-        return student_prompt(problem["problem"])
-    return teacher_prompt(problem["problem"], instruction_text(prompt))
+Candidate = tuple[str, str]  # what is compared: model and prompt, or file and "as written"
+KEY = ("model", "prompt", "benchmark", "id", "sample")  # tells a sample from all others
 
 
-def check(model_name: str, prompt: str, benchmarks: dict[str, list], settings: Settings) -> None:
-    """Opens a model before anything is sampled. Raises ValueError if it can't be evaluated."""
-    problems = [problem for part in benchmarks.values() for problem in part]
-    prompts = encode_chat(load_tokenizer(model_name), [ask(row, prompt) for row in problems])
-    model = load_model(model_name)
-    check_length(model, prompts, settings.max_new_tokens)
-    sampling_settings(model.generation_config)  # raises where nothing says when to stop
+def open_candidate(
+    candidate: Candidate, problems: list[dict], settings: Settings
+) -> tuple[opsdc.Model, opsdc.Tokenizer, list[list[int]]]:
+    """A model that samples by the settings, its tokenizer, and its prompt for each problem.
+
+    Prompts are in the style that run.json names: the one that the model was trained with. Raises
+    ValueError for a model that can't be used and for an unknown instruction.
+    """
+    (name, prompt), style = candidate, "paper"
+    if (run := Path(name) / "run.json").exists():
+        with opsdc.reading(run):
+            style = json.loads(run.read_text(encoding="utf-8"))["config"].get("prompt", style)
+    asked, instruction = (0, "v1") if prompt == "student" else (1, prompt)
+    chats = [opsdc.prompt_pair(row["chat"], instruction, style)[asked] for row in problems]
+    with opsdc.reading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        prompts = opsdc.encode_chats(tokenizer, chats)
+    model = opsdc.load_model(name)
+    options = {option: getattr(settings, option) for option in ("temperature", "top_p", "top_k")}
+    model.generation_config = opsdc.sampling_settings(
+        model, prompts, settings.max_new_tokens, **options
+    )
+    return model, tokenizer, prompts
+
+
+def batches(items: Iterable, size: int) -> list[tuple[int, list]]:
+    """This rank's batches of `size` items, each with its number."""
+    items = list(items)
+    numbered = enumerate(items[i : i + size] for i in range(0, len(items), size))
+    return list(numbered)[dist.get_rank() :: dist.get_world_size()]
 
 
 def generate(
-    model_name: str, prompt: str, benchmarks: dict[str, list[dict]], settings: Settings, done: set
-) -> Iterator[list[dict]]:
-    """Yields this rank's batches of samples that are not done, ungraded.
+    candidate: Candidate, problems: list[dict], settings: Settings, done: dict
+) -> Iterator[dict[tuple, dict]]:
+    """Yields this rank's batches of samples by key, ungraded, without batches that are done.
 
     A batch has the same problems and the same seed whenever it is sampled.
     """
-    tokenizer, model = load_tokenizer(model_name), load_model(model_name)
-    model.generation_config = sampling_settings(
-        model.generation_config,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        max_new_tokens=settings.max_new_tokens,
-    )
-    for benchmark, problems in benchmarks.items():
-        work = [(problem, sample) for problem in problems for sample in range(settings.samples)]
-        batches = [
-            work[i : i + settings.batch_size] for i in range(0, len(work), settings.batch_size)
-        ]
-        for number in range(RANK, len(batches), RANKS):
-            rows = [
-                {"model": model_name, "prompt": prompt, "benchmark": benchmark, "id": problem["id"]}
-                | {"sample": sample}
-                for problem, sample in batches[number]
-            ]
-            if all(key(row) in done for row in rows):
-                continue
-            prompts = encode_chat(
-                tokenizer, [ask(problem, prompt) for problem, _ in batches[number]]
-            )
-            torch.manual_seed(settings.seed * 1_000_000 + number)
-            for row, ids, completion in zip(rows, prompts, rollout(model, prompts), strict=True):
-                row["response"] = tokenizer.decode(completion, skip_special_tokens=True)
-                row["tokens"] = len(completion)
-                row["finished"] = completion[-1] in model.generation_config.eos_token_id
-                row["thinking_opened"] = tokenizer.decode(ids).rstrip().endswith("<think>")
-            yield [row for row in rows if key(row) not in done]
+    model, tokenizer, prompts = open_candidate(candidate, problems, settings)
+    work = [
+        ((*candidate, problem["benchmark"], problem["id"], sample), prompt)
+        for problem, prompt in zip(problems, prompts, strict=True)
+        for sample in range(settings.samples)
+    ]
+    for number, batch in batches(work, settings.batch_size):
+        if all(key in done for key, _ in batch):
+            continue
+        torch.manual_seed(settings.seed * 1_000_000 + number)
+        completions = opsdc.rollout(model, [prompt for _, prompt in batch], len(batch))
+        samples = {}
+        for (key, prompt), completion in zip(batch, completions, strict=True):
+            thinks = tokenizer.decode(prompt).rstrip().endswith("<think>")  # as some templates do
+            text = tokenizer.decode(completion, skip_special_tokens=True)
+            samples[key] = {
+                "response": "<think>\n" + text if thinks else text,
+                "tokens": len(completion),
+                "finished": completion[-1] in model.generation_config.eos_token_id,
+            }
+        yield samples
 
 
-def key(row: dict) -> tuple:
-    """What makes a sample the one it is."""
-    return row["model"], row["prompt"], row["benchmark"], row["id"], row["sample"]
+def read_responses(file: str, problems: list[dict], samples: int) -> dict[tuple, dict]:
+    """Samples by key that another engine wrote to a .jsonl file.
 
-
-def read_responses(file: str, benchmarks: dict[str, list[dict]], settings: Settings) -> list[dict]:
-    """Samples that another engine wrote to a .jsonl file, as `generate` gives them.
-
-    A row has the id of a problem, response, tokens (their count), finished (false where it was cut)
-    and maybe thinking_opened (true where the prompt ended with <think>); rows of one id are its
-    samples. Raises ValueError for rows that are not so, and for problems without all samples.
+    A row has the id of a problem, response (with <think> where the prompt ended so), tokens (their
+    number), finished (false where it was cut); rows of one id are its samples. Raises ValueError
+    for other rows, and for problems without all samples.
     """
-    (benchmark, problems), *others = benchmarks.items()
-    if others:
-        raise ValueError("--responses needs one benchmark: choose it with --benchmarks or --data")
-    counts, rows = Counter(), []
-    fields = {"id": (str, int), "response": str, "tokens": int, "finished": bool}
-    with reading(file):
-        written = json_rows(file)
-    for number, row in enumerate(written, 1):
-        bad = [name for name, kind in fields.items() if not isinstance(row.get(name), kind)]
-        if bad:
-            raise ValueError(f"{file}, row {number} has no good {', '.join(bad)}")
-        row["id"] = str(row["id"])
-        place = {"model": file, "prompt": "as written", "benchmark": benchmark}
-        rows.append({"thinking_opened": False} | row | place | {"sample": counts[row["id"]]})
-        counts[row["id"]] += 1
-    for problem in problems:
-        if counts.pop(problem["id"], 0) != settings.samples:
-            raise ValueError(
-                f"{file} has not {settings.samples} (--samples) responses to {problem['id']}"
-            )
-    if counts:
-        raise ValueError(
-            f"{file} answers problems that {benchmark} does not have: {list(counts)[:3]}"
-        )
-    return rows
+    counts, written = Counter(), {}
+    fields = {"response": str, "tokens": int, "finished": bool}
+    for number, row in enumerate(opsdc.load_rows(file), 1):
+        bad = [name for name, kind in fields.items() if type(row.get(name)) is not kind]
+        if bad or row["tokens"] < 1:
+            raise ValueError(f"{file}, row {number} has no good {', '.join(bad or ['tokens'])}")
+        name = str(row.get("id"))
+        key = (file, "as written", problems[0]["benchmark"], name, counts[name])
+        written[key] = {field: row[field] for field in fields}
+        counts[name] += 1
+    if wrong := {(problem["id"], samples) for problem in problems} ^ set(counts.items()):
+        wish = f"must have {samples} (--samples) responses to each problem and no others"
+        raise ValueError(f"{file} {wish}: look at id {min(wrong)[0]}")
+    return written
 
 
 # ---- Records on disk -----------------------------------------------------------------------------
 
 
-def recorded(output_dir: Path) -> list[dict]:
-    """All samples in output_dir; of a file that ends within a row, only the rows before it."""
-    return [
-        json.loads(line)
-        for file in sorted(output_dir.glob("samples-*.jsonl"))
-        for line in file.open(encoding="utf-8")
-        if line.endswith("\n")
-    ]
+def open_records(output_dir: Path, identity: dict) -> tuple[IO[bytes], dict[tuple, dict]]:
+    """This rank's file of samples, locked, to append to; and the samples on disk by key.
+
+    Raises ValueError if another process writes here, or if the directory holds an evaluation with
+    another identity.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    records = open(output_dir / f"samples-{dist.get_rank()}.jsonl", "a+b")
+    try:
+        fcntl.flock(records, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{output_dir} is in use by another evaluation") from None
+    dist.barrier()  # every rank has its lock
+    file, identity = output_dir / "settings.json", json.loads(json.dumps(identity))
+    with opsdc.reading(file):
+        held = json.loads(file.read_text(encoding="utf-8")) if file.exists() else identity
+    for name in held | identity:
+        if held.get(name) != identity.get(name):
+            other = f"with {name} {held.get(name)}, not {identity.get(name)}"
+            raise ValueError(f"{output_dir} holds an evaluation {other}: choose another")
+    done = read_samples(output_dir)
+    dist.barrier()  # every rank has read
+    if dist.get_rank() == 0:
+        whole = file.with_suffix(".unfinished")  # a kill leaves no half of settings.json
+        whole.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+        whole.replace(file)
+    records.seek(0)
+    records.truncate(records.read().rfind(b"\n") + 1)  # without a row that a kill cut short
+    return records, done
 
 
-def claim(output_dir: Path, identity: dict) -> None:
-    """Reserves output_dir for one evaluation. Raises ValueError if it holds another one."""
-    file = output_dir / "settings.json"
-    if file.exists():
-        held, identity = json.loads(file.read_text()), json.loads(json.dumps(identity))
-        for name in sorted(identity.keys() | held.keys()):
-            if identity.get(name) != held.get(name):
-                raise ValueError(
-                    f"{output_dir} holds an evaluation with {name} {held.get(name)}, not "
-                    f"{identity.get(name)}: choose another --output_dir"
-                )
-    else:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(identity, indent=2) + "\n")
-
-
-def digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def weights_of(model: str) -> list:
-    """Tells a local model's weights from others in the same place: size and time of the files."""
-    files = sorted(Path(model).glob("*.safetensors"))
-    return [[file.name, file.stat().st_size, file.stat().st_mtime] for file in files]
+def read_samples(output_dir: Path) -> dict[tuple, dict]:
+    """All samples in output_dir, each key once; of a file that ends within a row, the rest."""
+    samples = {}
+    for file in sorted(output_dir.glob("samples-*.jsonl")):
+        with opsdc.reading(file), file.open(encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines if line.endswith("\n")]
+            samples |= {tuple(row[name] for name in KEY): row for row in rows}
+    return samples
 
 
 # ---- Report --------------------------------------------------------------------------------------
 
 
-def mean_and_interval(rows: list[dict], name: str) -> tuple[float, float | None]:
-    """Mean over samples, and 1.96 standard errors of it: half of a 95% interval.
+def summarize(rows: list[dict]) -> pd.DataFrame:
+    """Means by benchmark, level ("all", then each) and candidate, in the order of the rows.
 
-    Samples of one problem are alike, so it is the problems' means that count as independent draws;
-    of a single problem there is no interval.
+    NAME_interval is half of a 95% interval, 1.96 standard errors. Samples of one problem are alike,
+    so only the problems' means count as independent draws. Reductions are against the tokens of the
+    first candidate.
     """
-    by_problem = defaultdict(list)
-    for row in rows:
-        by_problem[row["id"]].append(row[name])
-    means = [statistics.fmean(values) for values in by_problem.values()]
-    if len(means) < 2:
-        return statistics.fmean(means), None
-    return statistics.fmean(means), 1.96 * statistics.stdev(means) / math.sqrt(len(means))
+    levels = {row["level"] for row in rows} - {None}
+    levels = sorted(levels, key=lambda level: (isinstance(level, str), level))
+    parts = {"all": rows} | {str(one): [r for r in rows if r["level"] == one] for one in levels}
+    table = pd.concat([pd.DataFrame(part).assign(level=name) for name, part in parts.items()])
+    table["cut"] = ~table["finished"]
+    group, values = ["benchmark", "level", "model", "prompt"], [*VERDICTS, "tokens", "cut"]
+    problems = table.groupby([*group, "id"], sort=False)[values].mean().groupby(group, sort=False)
+    summary = problems.mean()
+    base = summary.groupby(["benchmark", "level"])["tokens"].transform("first")
+    summary["reduction"] = 1 - summary["tokens"] / base
+    summary["problems"] = problems.size()
+    summary["errors"] = table.groupby(group)["errors"].sum()
+    return summary.join((1.96 * problems[VERDICTS].sem()).add_suffix("_interval"))
 
 
-def summarize(
-    rows: list[dict],
-    candidates: list[tuple[str, str]],
-    benchmarks: dict[str, list[dict]],
-    samples: int,
-) -> list[dict]:
-    """A dict for each benchmark and candidate; reductions are against the first candidate's tokens.
-
-    Raises RuntimeError unless every problem has all its samples.
-    """
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["benchmark"], row["model"], row["prompt"]].append(row)
-    summary = []
-    for benchmark, problems in benchmarks.items():
-        level_of = {problem["id"]: problem["level"] for problem in problems}
-        levels = sorted({level for level in level_of.values() if level is not None})
-        base_tokens = {}
-        for model, prompt in candidates:
-            group = groups[benchmark, model, prompt]
-            if len(group) != len(problems) * samples:
-                raise RuntimeError(f"{benchmark}, {model}: {len(group)} samples, not all")
-            parts = {level: [r for r in group if level_of[r["id"]] == level] for level in levels}
-            tokens = {level: mean_and_interval(part, "tokens")[0] for level, part in parts.items()}
-            tokens["all"] = mean_and_interval(group, "tokens")[0]
-            base_tokens = base_tokens or tokens
-            reduction = {part: 1 - tokens[part] / base_tokens[part] for part in tokens}
-            scores = {grader: mean_and_interval(group, grader) for grader in GRADERS}
-            summary.append(
-                {
-                    "model": model,
-                    "prompt": prompt,
-                    "benchmark": benchmark,
-                    "problems": len(problems),
-                    "samples": samples,
-                    "accuracy": {grader: mean for grader, (mean, _) in scores.items()},
-                    "interval": {grader: half for grader, (_, half) in scores.items()},
-                    "tokens": tokens["all"],
-                    "reduction": reduction["all"],
-                    "truncated": statistics.fmean(not row["finished"] for row in group),
-                    "grading_errors": sum(row["errors"] for row in group),
-                    "levels": {
-                        str(level): {
-                            "final": mean_and_interval(part, "final")[0],
-                            "tokens": tokens[level],
-                            "reduction": reduction[level],
-                        }
-                        for level, part in parts.items()
-                    },
-                }
-            )
-    return summary
-
-
-def paper_rows(model: str, prompt: str, benchmark: str) -> list[str]:
-    """The paper's figures for this candidate, as rows of the table; none if it has none.
-
-    What a model trained here started from, and with which instruction, is in its run.json.
-    """
-    run = Path(model) / "run.json"
-    variant = "base" if prompt == "student" else f"prompt {prompt}"
-    if run.exists() and prompt == "student":
-        config = json.loads(run.read_text(encoding="utf-8"))["config"]
-        model, variant = config["model"], f"trained {config['instruction']}"
-    candidate = (model.rstrip("/").split("/")[-1], variant)
-    name, rows = f"*the paper's {candidate[0]}, {variant}", []
-    if candidate in PAPER and benchmark in BENCHMARKS:
-        figures = dict(zip(BENCHMARKS, PAPER[candidate].split(), strict=True))[benchmark]
-        dual, tokens = figures.split("/")
-        answer, boxed = PAPER_PATHS.get(candidate, ("", "")) if benchmark == "math500" else ("", "")
-        rows.append(f"| {name}* | v2 | | {dual} | {answer} | {boxed} | {int(tokens):,} | | |")
-    if strict := PAPER_V1.get(candidate, {}).get(benchmark):
-        rows.append(f"| {name}, strict grader* | v1 | | | {strict} | | | | |")
-    return rows
-
-
-def markdown(summary: list[dict], settings: Settings) -> str:
-    """The summary as Markdown tables, for each benchmark one of accuracies and one of levels."""
-    lines = []
-    for benchmark in dict.fromkeys(row["benchmark"] for row in summary):
-        part = [row for row in summary if row["benchmark"] == benchmark]
-        lines += [
-            f"## {benchmark}: {part[0]['problems']} problems x {part[0]['samples']} samples",
-            "",
-            f"Accuracy in % with 95% intervals, by grader; temperature {settings.temperature}, "
-            f"top-p {settings.top_p}, top-k {settings.top_k}, at most {settings.max_new_tokens:,} "
-            f"new tokens, seed {settings.seed}.",
-            "",
-            "| model | prompt | final | dual | answer-only | boxed-only | tokens | reduced | cut |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        for row in part:
-            scores = []
-            for grader in GRADERS:
-                half = row["interval"][grader]
-                spread = "" if half is None else f" ± {100 * half:.1f}"
-                scores.append(f"{100 * row['accuracy'][grader]:.1f}{spread}")
-            lines.append(
-                f"| {row['model']} | {row['prompt']} | {' | '.join(scores)} | {row['tokens']:,.1f} "
-                f"| {row['reduction']:.1%} | {row['truncated']:.1%} |"
-            )
-            lines += paper_rows(row["model"], row["prompt"], benchmark)
-        if levels := list(part[0]["levels"]):
-            lines += [
-                "",
-                "Tokens, reduction and accuracy (final) by level:",
-                "",
-                f"| model | prompt | {' | '.join(f'level {level}' for level in levels)} |",
-                "| --- | --- |" + " --- |" * len(levels),
-            ]
-            for row in part:
-                cells = [
-                    f"{level['tokens']:,.1f}, {level['reduction']:.1%}, {100 * level['final']:.1f}"
-                    for level in row["levels"].values()
-                ]
-                lines.append(f"| {row['model']} | {row['prompt']} | {' | '.join(cells)} |")
-        if errors := sum(row["grading_errors"] for row in part):
-            lines += ["", f"{errors} comparisons went over the grader's limits and count as wrong."]
-        lines.append("")
-    return "\n".join(lines)
+def report(summary: pd.DataFrame) -> str:
+    """The summary as a Markdown table, accuracies in %."""
+    table = pd.DataFrame(index=summary.index)
+    for name in VERDICTS:
+        pairs = zip(100 * summary[name], 100 * summary[f"{name}_interval"], strict=True)
+        table[name] = [f"{mean:.1f} ± {half:.1f}".removesuffix(" ± nan") for mean, half in pairs]
+    table["tokens"] = summary["tokens"].map("{:,.1f}".format)
+    table["reduced"] = summary["reduction"].map("{:.1%}".format)
+    table["cut"] = summary["cut"].map("{:.1%}".format)
+    table = table.sort_index(level="benchmark", sort_remaining=False, kind="stable").reset_index()
+    lines = [table.columns, ["---"] * table.shape[1], *table.to_numpy()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 # ---- Command line --------------------------------------------------------------------------------
 
 
 def evaluate(models: list[str], responses: list[str], output_dir: Path, settings: Settings) -> None:
-    """Samples and grades what output_dir lacks, prints the tables, writes summary.json.
+    """Samples and grades what output_dir lacks, prints the table, writes summary.json.
 
-    Raises ValueError or OSError for bad input, before it writes anything.
+    Raises ValueError for whatever can't be evaluated, before it writes anything.
     """
-    benchmarks = load_benchmarks(settings)
+    prompts = settings.prompt * len(models) if len(settings.prompt) == 1 else settings.prompt
     if bool(models) == bool(responses):
         raise ValueError("name the models to evaluate, or files of --responses to grade")
-    prompts = settings.prompt * len(models) if len(settings.prompt) == 1 else settings.prompt
-    if models and len(prompts) != len(models):
+    if len(prompts) != len(models):
         raise ValueError(f"--prompt names {len(prompts)} prompts for {len(models)} models")
-    candidates = list(zip(models, prompts, strict=True)) if models else []
-    candidates += [(file, "as written") for file in responses]
-    if len(set(candidates)) < len(candidates):
+    if responses and len(settings.data) > 1:
+        raise ValueError("--responses needs one benchmark: choose it with --data")
+    sampled, read = list(zip(models, prompts, strict=True)), [(r, "as written") for r in responses]
+    if len({*sampled, *read}) < len(sampled + read):
         raise ValueError("the same model with the same prompt is named twice")
-    for candidate in zip(models, prompts, strict=False):
-        check(*candidate, benchmarks, settings)
-    written = [row for file in responses for row in read_responses(file, benchmarks, settings)]
-
-    if RANKS > 1:  # no time limit worth the name: a rank may have hours more to do than another
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-    identity = {
-        "candidates": candidates,
-        "problems": digest(benchmarks),
-        "written": digest(written),
+    if len({Path(source).stem for source in settings.data}) < len(settings.data):
+        raise ValueError("--data has two files of the same name, which tells benchmarks apart")
+    problems = [p for source in settings.data for p in load_problems(source, settings.limit)]
+    written = {}
+    for file in responses:
+        written |= read_responses(file, problems, settings.samples)
+    identity = {"candidates": sampled + read, **asdict(settings)}
+    asked = [
+        [problem[name] for name in ("benchmark", "id", "chat", "answer")] for problem in problems
+    ]
+    identity |= {
+        "problems": opsdc.digest(json.dumps(asked)),
+        "responses": opsdc.digest(json.dumps(list(written.values()))),
     }
-    identity |= asdict(settings) | {"weights": [weights_of(model) for model in models]}
-    claim(output_dir, identity)
-    records = output_dir / f"samples-{RANK}.jsonl"
-    records.touch()
-    whole = records.read_bytes().rpartition(b"\n")
-    done = {key(row) for row in recorded(output_dir)}
-    wait()  # all have read before any writes
-    os.truncate(records, len(whole[0] + whole[1]))  # a row that a kill had cut short goes
+    for candidate in sampled:
+        model, _, encoded = open_candidate(candidate, problems, settings)
+        sums = [weight.flatten().view(torch.int16).sum().item() for weight in model.parameters()]
+        identity[f"weights of {candidate}"] = opsdc.digest(json.dumps(sums))
+        identity[f"prompts of {candidate}"] = opsdc.digest(json.dumps(encoded))
+        identity[f"stop ids of {candidate}"] = model.generation_config.eos_token_id
 
-    answers = {
-        (name, problem["id"]): problem["answer"]
-        for name, problems in benchmarks.items()
-        for problem in problems
-    }
-    work = len(candidates) * len(answers) * settings.samples
-    grader = Grader(workers=max(1, min(8, os.cpu_count() // RANKS)))
-    start, tokens = time.perf_counter(), 0
-    batches = (generate(*candidate, benchmarks, settings, done) for candidate in candidates)
-    ungraded = ([row] for row in written[RANK::RANKS] if key(row) not in done)
-    with tqdm(
-        total=work // RANKS, initial=len(done) // RANKS, unit="sample", disable=RANK > 0
-    ) as bar:
-        for batch in ungraded if responses else chain(*batches):
-            verdicts = grader.grade_all(
-                (row["response"], answers[row["benchmark"], row["id"]], row.pop("thinking_opened"))
-                for row in batch
-            )
-            rows = [row | verdict for row, verdict in zip(batch, verdicts, strict=True)]
-            with records.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-            tokens += sum(row["tokens"] for row in rows)
-            bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):.0f} tokens/s")
-            bar.update(len(rows))
-    wait()
-    if RANK == 0:
-        summary = summarize(recorded(output_dir), candidates, benchmarks, settings.samples)
-        write_whole(output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
-        print(markdown(summary, settings))
+    records, done = open_records(output_dir, identity)
+    by_place = {(problem["benchmark"], problem["id"]): problem for problem in problems}
+    keys = [
+        (*candidate, *place, sample)
+        for place in by_place
+        for candidate in sampled + read
+        for sample in range(settings.samples)
+    ]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    parts = [generate(candidate, problems, settings, done) for candidate in sampled]
+    parts.append(dict(batch) for _, batch in batches(written.items(), settings.batch_size))
+    total, there = len(keys) // ranks, len(done) // ranks
+    with (
+        records,
+        grading_pool(max(1, min(8, os.cpu_count() // ranks))) as pool,
+        tqdm(total=total, initial=there, unit="sample", disable=rank > 0) as bar,
+    ):
+        for batch in chain(*parts):
+            batch = {key: sample for key, sample in batch.items() if key not in done}
+            golds = [by_place[key[2:4]]["answer"] for key in batch]
+            texts = [sample["response"] for sample in batch.values()]
+            verdicts = grade(pool, zip(texts, golds, strict=True))
+            for (key, sample), verdict in zip(batch.items(), verdicts, strict=True):
+                row = dict(zip(KEY, key, strict=True)) | sample | verdict
+                records.write(json.dumps(row).encode() + b"\n")
+            records.flush()
+            bar.update(len(batch))
+    dist.barrier()
+    if rank == 0:
+        samples = read_samples(output_dir)
+        summary = summarize([samples[k] | {"level": by_place[k[2:4]]["level"]} for k in keys])
+        text = summary.reset_index().to_json(orient="records", indent=2, double_precision=15)
+        (output_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
+        print(f"Accuracy in % with 95% intervals, {settings}\n\n{report(summary)}")
 
 
 def main() -> None:
@@ -686,17 +531,22 @@ def main() -> None:
     models, responses = arguments.pop("models"), arguments.pop("responses")
     output_dir = Path(arguments.pop("output_dir"))
     try:
-        if models:
-            claim_gpu()
-        evaluate(models, responses, output_dir, Settings(**arguments))
-    except (ValueError, OSError) as error:
-        message = str(error).partition("\n")[0]
-        parser.exit(2, f"eval.py: error: {message}\n")
+        settings = Settings(**arguments)
+        opsdc.start_ranks()
+        forkserver.ensure_running()  # it imports its libraries while models are opened
+        evaluate(models, responses, output_dir, settings)
     except torch.OutOfMemoryError:
         lower = "lower --batch_size, on which samples depend, and choose another --output_dir"
         parser.exit(1, f"eval.py: out of GPU memory: {lower}\n")
     except KeyboardInterrupt:
         parser.exit(130, "eval.py: interrupted; the same command goes on where it stopped\n")
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        parser.exit(2, f"eval.py: error: {opsdc.one_line(error)}\n")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
