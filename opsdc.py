@@ -79,6 +79,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPE = torch.bfloat16 if CUDA else torch.float32  # of generation, forward and backward passes
 Model, Tokenizer = transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase
 Ids, Chat = list[int], list[dict[str, str]]  # token ids; turns with role and content
+Triple = tuple[Ids, Ids, Ids]  # the student's prompt, the teacher's, the completion y
 
 
 # ---- Configuration: the paper's hyperparameter table; the command line is made from it -----------
@@ -133,9 +134,12 @@ INSTRUCTIONS = {
     "over-compress: keep every reasoning step needed for correctness, including case analysis, "
     "edge cases, and a brief check of the final answer. Never omit a step that the answer depends "
     "on.",
-    "percent": "Solve the following math problem correctly using {percent}% fewer tokens than you "
-    "normally would. Be more concise: cut unnecessary elaboration, redundant steps, and verbose "
-    "explanations while preserving correctness.",
+}
+INSTRUCTIONS |= {
+    f"percent:{percent}": f"Solve the following math problem correctly using {percent}% fewer "
+    "tokens than you normally would. Be more concise: cut unnecessary elaboration, redundant "
+    "steps, and verbose explanations while preserving correctness."
+    for percent in range(1, 100)
 }
 
 
@@ -209,11 +213,9 @@ def align(prompts: list[Ids], completions: list[Ids]) -> tuple[torch.Tensor, tor
     The five marked positions predict 1, 2, 3, 4, 5 in this order, whatever the prompts: the marked
     rows of the student's states and of the teacher's match.
     """
-    rows = [torch.tensor(x + y) for x, y in zip(prompts, completions, strict=True)]
-    marks = [
-        torch.tensor([False] * (len(x) - 1) + [True] * len(y) + [False])
-        for x, y in zip(prompts, completions, strict=True)
-    ]
+    pairs = list(zip(prompts, completions, strict=True))
+    rows = [torch.tensor(x + y) for x, y in pairs]
+    marks = [torch.tensor([False] * (len(x) - 1) + [True] * len(y) + [False]) for x, y in pairs]
     return pad_sequence(rows, True, 0), pad_sequence(marks, True, False)
 
 
@@ -299,17 +301,13 @@ class ChunkedDivergence(torch.autograd.Function):
 
 
 def distillation_loss(
-    student: Scorer,
-    teacher: Scorer,
-    triples: list[tuple[Ids, Ids, Ids]],
-    kind: str,
-    batch_size: int,
+    student: Scorer, teacher: Scorer, triples: list[Triple], kind: str, batch_size: int
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What these completions add to 1/B sum_i 1/|y_i| sum_t D(q_t, p_t), in nats; B = batch_size.
 
-    A triple is the student's prompt, the teacher's and the completion y_i. Losses and gradients of
-    micro-batches add up to the batch's. Returns with the loss, for each completion and without
-    gradient, D(q_t, p_t), the student's entropy and the teacher's at its tokens, (3, |y_i|).
+    Losses and gradients of micro-batches add up to the batch's. Returns with the loss, for each
+    completion and without gradient, D(q_t, p_t) and the entropies of student and teacher at its
+    tokens, (3, |y_i|).
     """
     student_prompts, teacher_prompts, completions = zip(*triples, strict=True)
     student_states = student(*align(student_prompts, completions))  # (T, H), of q_t
@@ -334,11 +332,7 @@ def refresh(teacher: Scorer, student: Scorer, share: float) -> None:
 
 
 def train(run: SimpleNamespace) -> None:
-    """Algorithm 1, from the step after run.done, with what `prepare` has loaded.
-
-    Raises KeyboardInterrupt after a signal, SystemExit for a gradient that is not finite or a
-    checkpoint that can't be written.
-    """
+    """Algorithm 1, from the step after run.done, with the models and prompts of `prepare`."""
     config, student, teacher, sampler = run.config, run.student, run.teacher, run.sampler
     rank, ranks = dist.get_rank(), dist.get_world_size()
     data = enumerate(batches(run.prompts, config.batch_size, config.seed), 1)
@@ -616,14 +610,9 @@ def without_wrapper(text: str) -> str:
 def instruction_text(instruction: str) -> str:
     """The text c of v1, v2 or percent:P (1 to 99); any other text of several words is c itself.
     Raises ValueError for any other single word."""
-    name, _, percent = instruction.partition(":")
-    if name == "percent" and percent.isdecimal() and 0 < int(percent) < 100:
-        return INSTRUCTIONS["percent"].format(percent=int(percent))
-    if instruction in ("v1", "v2"):
-        return INSTRUCTIONS[instruction]
-    if len(instruction.split()) < 2:
+    if instruction not in INSTRUCTIONS and len(instruction.split()) < 2:
         raise ValueError(f"--instruction is {instruction!r}, not v1, v2, percent:1..99 or a text")
-    return instruction
+    return INSTRUCTIONS.get(instruction, instruction)
 
 
 def digest(text: str) -> str:
