@@ -305,9 +305,8 @@ def distillation_loss(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What these completions add to 1/B sum_i 1/|y_i| sum_t D(q_t, p_t), in nats; B = batch_size.
 
-    Losses and gradients of micro-batches add up to the batch's. Returns with the loss, for each
-    completion and without gradient, D(q_t, p_t) and the entropies of student and teacher at its
-    tokens, (3, |y_i|).
+    Losses and gradients of micro-batches add up to the batch's. Returns also, for each completion,
+    D(q_t, p_t), the student's entropy and the teacher's at its tokens, (3, |y_i|), detached.
     """
     student_prompts, teacher_prompts, completions = zip(*triples, strict=True)
     student_states = student(*align(student_prompts, completions))  # (T, H), of q_t
@@ -407,7 +406,6 @@ SCALES += ("output_multiplier", "output_logit_soft_cap", "logits_soft_cap")
 
 def sampling_settings(model: Model, prompts: list[Ids], room: int, **sampling) -> GenerationConfig:
     """Settings for generate(): `sampling`, at most `room` new tokens, the model's own stop ids.
-
     They must replace model.generation_config, which fills in what generate() is not told (Qwen3
     ships top-p 0.95 and top-k 20). Raises ValueError for ids that are no tokens of the model, and
     for prompts that leave too little room."""
@@ -451,18 +449,16 @@ def copy_to_sampler(student: Scorer, sampler: Model) -> None:
 def clip_gradients(student: Scorer, max_norm: float) -> float:
     """Scales gradients to a global L2 norm of at most max_norm; returns the norm before. Raises
     SystemExit if it is not finite."""
-    weights = (weight for weight in student.parameters() if weight.grad is not None)
-    gradients = [weight.grad.to_local() for weight in weights]
+    grads = [weight.grad.to_local() for weight in student.parameters() if weight.grad is not None]
     # Norms of pieces: over 2**28 numbers at once, torch's fp32 norm on a CPU is 4% too low.
-    pieces = [piece for gradient in gradients for piece in gradient.flatten().split(2**20)]
+    pieces = [piece for grad in grads for piece in grad.flatten().split(2**20)]
     square = torch.nn.utils.get_total_norm(pieces).to(DEVICE) ** 2
     dist.all_reduce(square)
     norm = square.sqrt().item()
     if not math.isfinite(norm):
-        remedy = "look at the model, or at a lower --learning_rate"
-        raise SystemExit(f"opsdc.py: a gradient is not finite, nothing was updated: {remedy}")
-    for gradient in gradients:
-        gradient.mul_(min(1.0, max_norm / norm))
+        raise SystemExit("opsdc.py: a gradient is not finite, nothing was updated")
+    for grad in grads:
+        grad.mul_(min(1.0, max_norm / norm))
     return norm
 
 
@@ -472,8 +468,8 @@ def clip_gradients(student: Scorer, max_norm: float) -> float:
 def training_state(run: SimpleNamespace) -> dict[str, Any]:
     """Weights and AdamW's state, as torch.distributed.checkpoint reads and writes them."""
     adamw = get_optimizer_state_dict(run.student, run.optimizer)
-    student, teacher = run.student.state_dict(), run.teacher.state_dict()
-    return {"student": student, "teacher": teacher, "adamw": adamw}
+    weights = {"student": run.student.state_dict(), "teacher": run.teacher.state_dict()}
+    return {**weights, "adamw": adamw}
 
 
 def save(run: SimpleNamespace, step: int = 0) -> None:
@@ -499,7 +495,7 @@ def save(run: SimpleNamespace, step: int = 0) -> None:
 def finish_step(run: SimpleNamespace, metrics: dict, triples: list, statistics: list) -> None:
     """Logs a step, saves it if due, shows it last: a closed terminal must not lose a step. Raises
     KeyboardInterrupt after saving if a rank has caught a signal."""
-    config, completions = run.config, [y for _, _, y in triples]
+    config, step, completions = run.config, metrics["step"], [y for _, _, y in triples]
     cut = [y[-1] not in run.sampler.generation_config.eos_token_id for y in completions]
     shares = [sum(map(len, completions)) / len(cut), sum(cut) / len(cut), len(run.signals)]
     means = torch.stack([of_tokens.mean(1) for of_tokens in statistics]).mean(0).tolist()
@@ -511,19 +507,16 @@ def finish_step(run: SimpleNamespace, metrics: dict, triples: list, statistics: 
     tokens = metrics["completion_tokens"] * config.batch_size
     metrics["tokens_per_second"] = tokens / metrics["rollout_seconds"]
     metrics["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
-
-    step = metrics["step"]
     last = step == config.steps
     due = not last and (signals or config.save_every and step % config.save_every == 0)
     if run.log:
-        run.log.write(json.dumps(metrics) + "\n")
-        run.log.flush()
+        print(json.dumps(metrics), file=run.log, flush=True)
         if step == 1 or last or due:  # keeps at most four rollouts, from short to long
             nth = math.ceil(len(completions) / 4)
             with open(run.output_dir / f"rollouts-{step}.jsonl", "w", encoding="utf-8") as file:
                 for y, (nats, *_) in zip(completions[::nth], statistics[::nth], strict=True):
                     tokens = [run.tokenizer.decode([token]) for token in y]
-                    file.write(json.dumps({"tokens": tokens, "divergence": nats.tolist()}) + "\n")
+                    print(json.dumps({"tokens": tokens, "divergence": nats.tolist()}), file=file)
     if due:
         save(run, step)
     if run.log:
@@ -590,13 +583,11 @@ def read_chats(source: str, rows: list[dict[str, Any]]) -> list[Chat]:
     chats = []
     for number, row in enumerate(rows, 1):
         with reading(f"{source}, row {number}"):
-            names = [name for name in ("problem", "question", "prompt") if name in row]
-            if not names:
-                raise ValueError(f"its columns are {list(row)}, not problem, question or prompt")
-            cell = row[names[0]]
+            cell = row.get("problem", row.get("question", row.get("prompt", "")))
             chat = [{"role": "user", "content": cell}] if isinstance(cell, str) else list(cell)
             if chat[-1]["role"] != "user" or not all(turn["content"].strip() for turn in chat):
-                raise ValueError(f"{names[0]} is {cell!r}, without a text of the user at its end")
+                wish = "a problem, question or prompt that ends with a text of the user"
+                raise ValueError(f"its columns are {list(row)}, without {wish}")
             chats.append(chat)
     return chats
 
@@ -655,9 +646,9 @@ def batches(items: list, batch_size: int, seed: int) -> Iterator[list]:
 
 # ---- Support: preparation and command line -------------------------------------------------------
 
-# What --resume may change: how long, how fast, where. The rest decides what is learned.
+# What --resume may change. Another rollout_batch_size draws other samples, equally distributed.
 MAY_CHANGE = {"output_dir", "steps", "save_every", "offload", "resume", "micro_batch_size"}
-MAY_CHANGE |= {"rollout_batch_size"}  # though other samples of the same distribution are drawn
+MAY_CHANGE |= {"rollout_batch_size"}
 
 
 def start_ranks() -> None:
@@ -683,38 +674,36 @@ def check_options(config: Config) -> None:
         raise ValueError(f"--batch_size {config.batch_size} is no multiple of the processes")
     output_dir = Path(config.output_dir).expanduser()
     present = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
-    if not config.output_dir or present and not (config.resume and "run.json" in present):
-        raise ValueError(f"--output_dir {output_dir} is not empty: choose another, or --resume")
-    if "tokenizer_config.json" in present:
-        raise ValueError(f"--output_dir {output_dir} holds a finished run: choose another")
+    unfinished = "run.json" in present and "tokenizer_config.json" not in present
+    if not config.output_dir or present and not (config.resume and unfinished):
+        remedy = "choose another, or --resume an unfinished run"
+        raise ValueError(f"--output_dir {output_dir} is not empty: {remedy}")
 
 
 def claim_output(run: SimpleNamespace) -> None:
     """Locks run.json until the process ends; it holds the configuration and the data's digest.
     Raises ValueError if another process has the lock, or if the file is of another run."""
     run.output_dir.mkdir(parents=True, exist_ok=True)
-    run.lock = open(run.output_dir / "run.json", "a+", encoding="utf-8")
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     now = {"config": asdict(run.config), "prompts": digest(json.dumps(run.prompts))}
-    with reading(run.lock.name):
+    with reading(path := run.output_dir / "run.json"):
+        run.lock = open(path, "a+" if run.config.resume else "x+", encoding="utf-8")
         try:
             fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError("another run is using it") from None
         run.lock.seek(0)
-        if not (text := run.lock.read()):
-            run.lock.write(json.dumps({**now, "versions": versions}, indent=2) + "\n")
-            run.lock.flush()
-        elif not run.config.resume:
-            raise ValueError("another run has just ended here")
-        else:
-            before = json.loads(text)
-            options = asdict(Config()) | before["config"]  # what it does not know was the default
-            for name in options.keys() - MAY_CHANGE:
-                if options[name] != now["config"].get(name):
-                    raise ValueError(f"it is of a run with --{name} {options[name]}")
-            if before["prompts"] != now["prompts"]:
-                raise ValueError("it is of a run with other data or another chat template")
+        text = run.lock.read()
+        if not text:
+            now["versions"] = {m.__name__: m.__version__ for m in (torch, transformers)}
+            print(json.dumps(now, indent=2), file=run.lock, flush=True)
+            return
+        before = json.loads(text)
+        options = asdict(Config()) | before["config"]  # an option that it lacks was the default
+        for name in options.keys() - MAY_CHANGE:
+            if options[name] != now["config"].get(name):
+                raise ValueError(f"it is of a run with --{name} {options[name]}")
+        if before["prompts"] != now["prompts"]:
+            raise ValueError("it is of a run with other data or another chat template")
 
 
 def prepare(config: Config) -> SimpleNamespace:
@@ -736,12 +725,9 @@ def prepare(config: Config) -> SimpleNamespace:
     # sampler: the student's weights in DTYPE, whole on every rank; generates, is saved.
     run.sampler = load_model(config.model)
     sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    run.sampler.generation_config = sampling_settings(
-        run.sampler,
-        [ids for pair in run.prompts for ids in pair],
-        config.max_new_tokens,
-        **sampling,
-    )
+    prompts = [ids for pair in run.prompts for ids in pair]
+    settings = sampling_settings(run.sampler, prompts, config.max_new_tokens, **sampling)
+    run.sampler.generation_config = settings
     dist.barrier()  # all ranks have passed all checks
     if dist.get_rank() == 0:
         claim_output(run)
