@@ -152,8 +152,11 @@ def prompt_pair(chat: Chat, instruction: str, style: str = "paper") -> tuple[Cha
         (x, c)    Solve the following math problem concisely and correctly. Be direct: avoid ...
                   The last line of your response ... What is 1 + 1? ...
     Style `plain` keeps the chat; in the teacher's, c and a blank line precede the last turn's text.
+    Raises ValueError for an instruction of one word that has no text.
     """
-    c = instruction_text(instruction)
+    c = INSTRUCTIONS.get(instruction, instruction)
+    if len(c.split()) < 2:
+        raise ValueError(f"--instruction is {c!r}, not v1, v2, percent:1..99 or a text")
     if style == "plain":
         return chat, [*chat[:-1], {**chat[-1], "content": f"{c}\n\n{chat[-1]['content']}"}]
     problem = without_wrapper(chat[-1]["content"])
@@ -178,10 +181,7 @@ def encode_chats(tokenizer: Tokenizer, chats: list[Chat]) -> list[Ids]:
 @torch.no_grad()
 def rollout(model: Model, prompts: list[Ids], batch_size: int) -> list[Ids]:
     """Samples one completion of each prompt, batch_size at a time, by model.generation_config.
-
-    Returns the sampled ids up to the first stop id and including it; a completion that was cut at
-    max_new_tokens has none.
-    """
+    A completion ends with its first stop id; one that was cut at max_new_tokens has none."""
     settings, completions = model.generation_config, []
     for start in range(0, len(prompts), batch_size):
         rows = [torch.tensor(prompt) for prompt in prompts[start : start + batch_size]]
@@ -596,14 +596,6 @@ def without_wrapper(text: str) -> str:
     """A problem without the words that DAPO-Math puts around it."""
     before, after = PROMPT.format(opening=f"{TASK} ", problem="\0").split("\0")
     return text.removeprefix(before).removesuffix(after)
-
-
-def instruction_text(instruction: str) -> str:
-    """The text c of v1, v2 or percent:P (1 to 99); any other text of several words is c itself.
-    Raises ValueError for any other single word."""
-    if instruction not in INSTRUCTIONS and len(instruction.split()) < 2:
-        raise ValueError(f"--instruction is {instruction!r}, not v1, v2, percent:1..99 or a text")
-    return INSTRUCTIONS.get(instruction, instruction)
 
 
 def digest(text: str) -> str:
