@@ -152,7 +152,7 @@ def prompt_pair(chat: Chat, instruction: str, style: str = "paper") -> tuple[Cha
         (x, c)    Solve the following math problem concisely and correctly. Be direct: avoid ...
                   The last line of your response ... What is 1 + 1? ...
     Style `plain` keeps the chat; in the teacher's, c and a blank line precede the last turn's text.
-    Raises ValueError for an instruction of one word that has no text.
+    Raises ValueError for an instruction of one word other than v1, v2 and percent:P (P: 1 to 99).
     """
     c = INSTRUCTIONS.get(instruction, instruction)
     if len(c.split()) < 2:
@@ -468,8 +468,8 @@ def clip_gradients(student: Scorer, max_norm: float) -> float:
 def training_state(run: SimpleNamespace) -> dict[str, Any]:
     """Weights and AdamW's state, as torch.distributed.checkpoint reads and writes them."""
     adamw = get_optimizer_state_dict(run.student, run.optimizer)
-    weights = {"student": run.student.state_dict(), "teacher": run.teacher.state_dict()}
-    return {**weights, "adamw": adamw}
+    student, teacher = run.student.state_dict(), run.teacher.state_dict()
+    return {"student": student, "teacher": teacher, "adamw": adamw}
 
 
 def save(run: SimpleNamespace, step: int = 0) -> None:
@@ -708,9 +708,9 @@ def prepare(config: Config) -> SimpleNamespace:
     run.prompts = load_prompts(config, run.tokenizer)
 
     # student: fp32 weights, a part on each rank; teacher: the same, without gradients.
-    student, teacher = (load_model(config.model, "auto", "cpu") for _ in range(2))
-    run.student = shard(student, config.offload)
-    run.teacher = shard(teacher.requires_grad_(False), config.offload)  # theta_bar <- theta
+    run.student = shard(load_model(config.model, "auto", "cpu"), config.offload)
+    teacher = load_model(config.model, "auto", "cpu").requires_grad_(False)
+    run.teacher = shard(teacher, config.offload)  # theta_bar <- theta
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
     run.optimizer = torch.optim.AdamW(run.student.parameters(), **options)
 
