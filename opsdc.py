@@ -456,7 +456,8 @@ def clip_gradients(student: Scorer, max_norm: float) -> float:
     dist.all_reduce(square)
     norm = square.sqrt().item()
     if not math.isfinite(norm):
-        raise SystemExit("opsdc.py: a gradient is not finite, nothing was updated")
+        remedy = "look at the model, or lower --learning_rate"
+        raise SystemExit(f"opsdc.py: a gradient is not finite, nothing was updated: {remedy}")
     for grad in grads:
         grad.mul_(min(1.0, max_norm / norm))
     return norm
