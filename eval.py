@@ -120,7 +120,6 @@ LONGEST_ANSWER = 1000  # characters: nobody accepts a longer final answer
 forkserver.set_forkserver_preload(["opsdc", "math_verify", "pandas", "pebble"])  # of workers
 WORKER_MEMORY = 2 << 30  # bytes, beside what a worker starts with
 
-PAPER_ANSWER = re.compile(r"answer\s*:\s*([^\n]+)", re.I)
 # A line "Answer: X", with markdown or "the final" before it; inside a line only with a capital,
 # because "we check our answer: ..." states nothing. A display needs no colon before it.
 ANSWER = re.compile(
@@ -129,59 +128,57 @@ ANSWER = re.compile(
     r"|\banswers?[ \t]+(?:is|are)[*_ \t]{0,9}:?\s{0,9}(?=\$\$|\\\[)",
     re.M,
 )
-EMPTY_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{\s*\}")
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-DISPLAY = re.compile(r"\$\$.+?\$\$|\\\[.+?\\\]", re.S)
+DISPLAY = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]", re.S)
+# An answer ends with its line or sentence, and where a reason follows.
+END = re.compile(r"\n|\.\s|[\s,;]+\(?(?:since|because)\b|,\s+(?:as|which)\b")
 # Formulas between dollars or brackets; "$1$, $2$ and $3$" counts as one.
 FORMULA = r"(?:(?<!\\)\$\$?(?:\\\$|[^$])+\$\$?|\\\(.+?\\\)|\\\[.+?\\\])"
 FORMULAS = re.compile(rf"{FORMULA}(?:(?:[\s,;]|and|or)*{FORMULA})*", re.S)
-REASON = re.compile(r"[\s,;]+\(?(?:since|because)\b|,\s+(?:as|which)\b")  # it ends the answer
-UNIT = re.compile(r"(?<=\d)\s*(?:[€£¥]|(?:[cdkm]m|in|ft)\^?[23²³]|m[²³])$")  # not in math-verify
-# A number and at most three words, none of which can change its value: "5 dollars", "5 red balls".
-CHANGES = (
-    r"half|halves|thirds?|quarters?|\w+ths?|dozens?|hundreds?|thousands?|\w+illions?|percent\w*|"
-    r"squared|cubed|times|plus|minus|over|root|sqrt|factorial|mod\w*|base|log|sin|cos|tan|"
-    r"alpha|beta|theta|of|or|and|to|by|at|for|in|if|when|where|unless|with|without|"
-    r"more|less|than|not|is|are"
-)
-WORDS = re.compile(
-    rf"(\\?\$?-?\d[\d,]*(?:\.\d+)?)\**(?:\s+(?!(?:{CHANGES})\b)[a-zA-Z]{{3,}}){{1,3}}"
-)
 # math-verify takes 5 million for 5, 52_7 for 52_8 and the set {1, 2} for the point (1, 2).
-NUMBER_WORD = re.compile(r"dozen|hundred|thousand|\w+illion", re.I)
-BASE = re.compile(r"\d_\{?(\w+)")
-BRACKET = re.compile(r"(\\\{|\()[^(){}]*,")
+NUMBER_WORD = r"dozen|hundred|thousand|\w+illion"
+BASE, BRACKET = r"\d_\{?(\w+)", r"(\\\{|\()[^(){}]*,"
+# A number with a unit which math-verify does not know, "5 cm²", or with at most three words, none
+# of which can change its value: "5 dollars", "5 red balls".
+CHANGES = (
+    rf"(?:{NUMBER_WORD}|third|quarter|\w+th)s?|half|halves|percent\w*|squared|cubed|times|plus|"
+    r"minus|over|root|sqrt|factorial|mod\w*|base|log|sin|cos|tan|alpha|beta|theta|and|for|when|"
+    r"where|unless|with|without|more|less|than|not|are"
+)
+WITH_WORDS = re.compile(
+    r"(\\?\$?-?\d[\d,]*(?:\.\d+)?)\**"
+    r"(?:\s*(?:[€£¥]|(?:[cdkm]m|in|ft)\^?[23²³]|m[²³])"
+    rf"|(?:\s+(?!(?:{CHANGES})\b)[a-zA-Z]{{3,}}){{1,3}})"
+)
 
 
 def paper_answer(response: str) -> str:
     """The last `Answer: X`, boxed, as the paper's first path reads it; "" where there is none."""
-    found = PAPER_ANSWER.findall(response)
+    found = re.findall(r"answer\s*:\s*([^\n]+)", response, re.I)
     stated = found[-1].strip().rstrip(".,;:?\"' \t") if found else ""
     return rf"\boxed{{{stated}}}" if stated else ""
 
 
 def final_answer(response: str) -> str:
     """The answer stated last after the thinking, for math-verify; "" where there is none."""
-    text = EMPTY_BOX.sub("", response.rpartition("</think>")[2])
-    if "<think>" in text:
-        return ""  # it was still thinking when it ended
-    marks, boxes = list(ANSWER.finditer(text)), list(BOX.finditer(text))
-    if boxes and (not marks or boxes[-1].start() > marks[-1].start()):
-        last = boxes[-1].start()
-        line = max(text.rfind("\n", 0, last), last - LONGEST_ANSWER) + 1
-        answer = extract_boxed_content(text[line : last + LONGEST_ANSWER], "last")
+    text = re.sub(r"\\(?:boxed|fbox)\s*\{\s*\}", "", response.rpartition("</think>")[2])
+    mark = max((match.end() for match in ANSWER.finditer(text)), default=-1)
+    box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if "<think>" in text or box == mark == -1:
+        return ""  # it was still thinking when it ended, or states nothing
+    if box >= mark:  # it may stand in a line with others, all of them the answer
+        line = max(text.rfind("\n", 0, box), box - LONGEST_ANSWER) + 1
+        answer = extract_boxed_content(text[line : box + LONGEST_ANSWER], "last")
         return rf"\boxed{{{plain(answer)}}}" if answer.count("{") == answer.count("}") else ""
-    rest = text[marks[-1].end() :].lstrip(" \t\r\n*_") if marks else ""
-    if display := DISPLAY.match(rest[:LONGEST_ANSWER]):
-        answer = " ".join(display[0][2:-2].split())
-    else:  # its first sentence, without a reason, and of "the answer is 5" the 5
-        answer = re.split(r"\.\s", rest.split("\n", 1)[0])[0]
+    rest = text[mark:].lstrip(" \t\r\n*_")[: LONGEST_ANSWER + 1]
+    if display := DISPLAY.match(rest):
+        answer = " ".join((display[1] or display[2]).split())
+    else:  # of "the answer is 5" the 5
+        answer = END.split(rest, maxsplit=1)[0]
         if len(answer) > LONGEST_ANSWER:
             return ""
-        answer = REASON.split(answer)[0]
         answer = re.sub(r"^.*\b(?:is|are|it's)\b:?\s+(?=.*[\d$\\])", "", answer)
-    answer = plain(UNIT.sub("", answer.lstrip("*_`\"' \t").rstrip("*_`\"' \t.,;:?")))
-    if number := WORDS.fullmatch(answer):
+    answer = plain(answer.strip("*_`\"' \t").rstrip(".,;:?*_`\"' \t"))
+    if number := WITH_WORDS.fullmatch(answer):
         answer = number[1]
     # One formula in a sentence is the answer; of several, math-verify would take the last.
     alone = len(FORMULAS.findall(answer)) == 1
@@ -197,9 +194,12 @@ def plain(answer: str) -> str:
 
 def contradicts(gold: str, text: str) -> bool:
     """Whether number words differ, or bases or brackets where both have some."""
-    patterns = (NUMBER_WORD, BASE, BRACKET)
-    words, *marks = ([set(p.findall(part)) for part in (gold, text)] for p in patterns)
-    return words[0] != words[1] or any(a and b and a.isdisjoint(b) for a, b in marks)
+    words, bases, brackets = (
+        [set(re.findall(pattern, part, re.I)) for part in (gold, text)]
+        for pattern in (NUMBER_WORD, BASE, BRACKET)
+    )
+    differ = [all(both) and both[0].isdisjoint(both[1]) for both in (bases, brackets)]
+    return words[0] != words[1] or any(differ)
 
 
 STATED = {"final": final_answer, "answer_only": paper_answer, "boxed_only": str}
