@@ -13,10 +13,9 @@ Each response gets four verdicts, all by math-verify:
 `final` refuses on purpose: a number that no `Answer:` and no box states, a sentence around a number
 other than "the answer is 5", rounded decimals, a box or a thinking block that is not closed.
 
-Each sample is a row of a samples-RANK.jsonl in --output_dir, written batch by batch. The same
-command, started again, continues an interrupted evaluation. `torchrun --nproc-per-node 8 eval.py
-...` splits the batches over GPUs; any number of ranks may continue. Each batch has its own seed and
-always the same problems, so a lost batch is sampled again, identically.
+Samples are rows of samples-RANK.jsonl in --output_dir, written batch by batch. The same command
+continues an interrupted evaluation, also on another number of ranks (`torchrun --nproc-per-node 8
+eval.py ...`): a batch has its own seed and problems, so a lost one is sampled again, identically.
 """
 
 import contextlib
@@ -43,7 +42,7 @@ import torch
 import torch.distributed as dist
 from latex2sympy2_extended.math_normalization import extract_boxed_content
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessPool
 from tqdm import tqdm
 from transformers import AutoTokenizer
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -208,9 +207,9 @@ STATED = {"final": final_answer, "answer_only": paper_answer, "boxed_only": str}
 def compare(verdict: str, response: str, gold: str, limit: float) -> bool | None:
     """One verdict of math-verify, in a grading process; None if it raises an error.
 
-    After `limit` seconds of processor time the kernel ends the process, inside C code too. Gold
-    answers are LaTeX; only the paper's paths also take a plain number out of the response.
-    math-verify's own time limits are off: they cannot stop C code.
+    After `limit` seconds of processor time the kernel ends the process, inside C code too, which
+    math-verify's own time limits cannot stop. Gold answers are LaTeX; only the paper's paths also
+    take a plain number out of the response.
     """
     signal.setitimer(signal.ITIMER_PROF, limit)
     try:
@@ -235,16 +234,10 @@ def start_worker() -> None:
     compare("boxed_only", r"\boxed{\frac{1}{2}}", "1", limit=60)
 
 
-@contextlib.contextmanager
-def grading_pool(workers: int) -> Iterator[ProcessPool]:
-    """Grading processes, forked from a clean server: a fork of ours would break CUDA."""
+def grading_pool(workers: int) -> ProcessPool:
+    """Grading processes, forked from a clean server: a fork of this process would break CUDA."""
     context = multiprocessing.get_context("forkserver")
-    pool = ProcessPool(workers, initializer=start_worker, context=context)
-    try:
-        yield pool
-    finally:
-        pool.stop()
-        pool.join()
+    return ProcessPool(workers, initializer=start_worker, context=context)
 
 
 def grade(pool: ProcessPool, rows: Iterable[tuple], limit: float = 5.0) -> list[dict[str, int]]:
@@ -253,26 +246,23 @@ def grade(pool: ProcessPool, rows: Iterable[tuple], limit: float = 5.0) -> list[
     A response has `limit` seconds of processor time, and ten times as much on the clock. Each of
     its three comparisons has a third: one that is ended counts as wrong and spoils no other.
     """
-    share, graded = limit / 3, []
-    for futures in [
+    share = limit / len(STATED)
+    jobs = [
         {name: pool.schedule(compare, (name, *row, share), timeout=10 * share) for name in STATED}
         for row in rows
-    ]:
-        verdicts, errors = {}, 0
-        for name, future in futures.items():
-            try:
-                verdict = future.result()
-            except (ProcessExpired, TimeoutError):
-                verdict = None
-            verdicts[name], errors = bool(verdict), errors + (verdict is None)
-        dual = verdicts["answer_only"] or verdicts["boxed_only"]
-        graded.append({**verdicts, "dual": dual, "errors": errors})
+    ]
+    graded = []
+    for job in jobs:
+        found = {name: None if job[name].exception() else job[name].result() for name in STATED}
+        found["dual"] = found["answer_only"] or found["boxed_only"]
+        errors = [found[name] for name in STATED].count(None)
+        graded.append({name: bool(found[name]) for name in VERDICTS} | {"errors": errors})
     return graded
 
 
 # ---- Samples -------------------------------------------------------------------------------------
 
-Candidate = tuple[str, str]  # what is compared: model and prompt, or file and "as written"
+Candidate = tuple[str, str]  # model and prompt, or file and "as written"
 KEY = ("model", "prompt", "benchmark", "id", "sample")  # tells a sample from all others
 
 
@@ -322,12 +312,13 @@ def generate(
         for sample in range(settings.samples)
     ]
     for number, batch in batches(work, settings.batch_size):
-        if all(key in done for key, _ in batch):
+        keys, inputs = zip(*batch, strict=True)
+        if done.keys() >= set(keys):
             continue
         torch.manual_seed(settings.seed * 1_000_000 + number)
-        completions = opsdc.rollout(model, [prompt for _, prompt in batch], len(batch))
+        completions = opsdc.rollout(model, list(inputs), len(batch))
         samples = {}
-        for (key, prompt), completion in zip(batch, completions, strict=True):
+        for key, prompt, completion in zip(keys, inputs, completions, strict=True):
             thinks = tokenizer.decode(prompt).rstrip().endswith("<think>")  # as some templates do
             text = tokenizer.decode(completion, skip_special_tokens=True)
             samples[key] = {
@@ -348,16 +339,16 @@ def read_responses(file: str, problems: list[dict], samples: int) -> dict[tuple,
     counts, written = Counter(), {}
     fields = {"response": str, "tokens": int, "finished": bool}
     for number, row in enumerate(opsdc.load_rows(file), 1):
-        bad = [name for name, kind in fields.items() if type(row.get(name)) is not kind]
-        if bad or row["tokens"] < 1:
-            raise ValueError(f"{file}, row {number} has no good {', '.join(bad or ['tokens'])}")
-        name = str(row.get("id"))
-        key = (file, "as written", problems[0]["benchmark"], name, counts[name])
-        written[key] = {field: row[field] for field in fields}
-        counts[name] += 1
-    if wrong := {(problem["id"], samples) for problem in problems} ^ set(counts.items()):
+        for name, kind in fields.items():
+            if type(row.get(name)) is not kind or name == "tokens" and row[name] < 1:
+                raise ValueError(f"{file}, row {number} has no good {name}")
+        place = problems[0]["benchmark"], str(row.get("id"))
+        written[file, "as written", *place, counts[place]] = {name: row[name] for name in fields}
+        counts[place] += 1
+    wanted = {(p["benchmark"], p["id"]): samples for p in problems}
+    if wrong := wanted.items() ^ counts.items():
         wish = f"must have {samples} (--samples) responses to each problem and no others"
-        raise ValueError(f"{file} {wish}: look at id {min(wrong)[0]}")
+        raise ValueError(f"{file} {wish}: look at id {min(wrong)[0][1]}")
     return written
 
 
@@ -437,8 +428,7 @@ def report(summary: pd.DataFrame) -> str:
         pairs = zip(100 * summary[name], 100 * summary[f"{name}_interval"], strict=True)
         table[name] = [f"{mean:.1f} ± {half:.1f}".removesuffix(" ± nan") for mean, half in pairs]
     table["tokens"] = summary["tokens"].map("{:,.1f}".format)
-    table["reduced"] = summary["reduction"].map("{:.1%}".format)
-    table["cut"] = summary["cut"].map("{:.1%}".format)
+    table[["reduced", "cut"]] = summary[["reduction", "cut"]].map("{:.1%}".format)
     table = table.sort_index(level="benchmark", sort_remaining=False, kind="stable").reset_index()
     lines = [table.columns, ["---"] * table.shape[1], *table.to_numpy()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -468,14 +458,10 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
     written = {}
     for file in responses:
         written |= read_responses(file, problems, settings.samples)
+    asked = [problem | {"level": None} for problem in problems]  # levels may be repaired
     identity = {"candidates": sampled + read, **asdict(settings)}
-    asked = [
-        [problem[name] for name in ("benchmark", "id", "chat", "answer")] for problem in problems
-    ]
-    identity |= {
-        "problems": opsdc.digest(json.dumps(asked)),
-        "responses": opsdc.digest(json.dumps(list(written.values()))),
-    }
+    identity["problems"] = opsdc.digest(json.dumps(asked))
+    identity["responses"] = opsdc.digest(json.dumps(list(written.values())))
     for candidate in sampled:
         model, _, encoded = open_candidate(candidate, problems, settings)
         sums = [weight.flatten().view(torch.int16).sum().item() for weight in model.parameters()]
@@ -494,11 +480,10 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
     rank, ranks = dist.get_rank(), dist.get_world_size()
     parts = [generate(candidate, problems, settings, done) for candidate in sampled]
     parts.append(dict(batch) for _, batch in batches(written.items(), settings.batch_size))
-    total, there = len(keys) // ranks, len(done) // ranks
     with (
         records,
         grading_pool(max(1, min(8, os.cpu_count() // ranks))) as pool,
-        tqdm(total=total, initial=there, unit="sample", disable=rank > 0) as bar,
+        tqdm(total=len(keys) // ranks, initial=len(done) // ranks, disable=rank > 0) as bar,
     ):
         for batch in chain(*parts):
             batch = {key: sample for key, sample in batch.items() if key not in done}
