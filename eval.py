@@ -32,7 +32,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import IO
@@ -80,10 +79,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         least = {"samples": 1, "max_new_tokens": 1, "batch_size": 1, "limit": 0, "top_k": 0}
-        for name, low in {**least, "seed": 0}.items():
-            if not low <= getattr(self, name) < 2**32:
-                wish = f"from {low} to 2**32 - 1"
-                raise ValueError(f"--{name} is {getattr(self, name)}, but must be {wish}")
+        for name, low in (least | {"seed": 0}).items():
+            if not low <= (value := getattr(self, name)) < 2**32:
+                raise ValueError(f"--{name} is {value}, but must be from {low} to 2**32 - 1")
         if not (0 < self.temperature < math.inf and 0 < self.top_p <= 1):
             raise ValueError("--temperature must be more than 0, --top_p more than 0 and at most 1")
 
@@ -263,11 +261,12 @@ def grade(pool: ProcessPool, rows: Iterable[tuple], limit: float = 5.0) -> list[
 # ---- Samples -------------------------------------------------------------------------------------
 
 Candidate = tuple[str, str]  # model and prompt, or file and "as written"
+Problems = dict[tuple[str, str], dict]  # by benchmark and id
 KEY = ("model", "prompt", "benchmark", "id", "sample")  # tells a sample from all others
 
 
 def open_candidate(
-    candidate: Candidate, problems: list[dict], settings: Settings
+    candidate: Candidate, problems: Problems, settings: Settings
 ) -> tuple[opsdc.Model, opsdc.Tokenizer, list[list[int]]]:
     """A model that samples by the settings, its tokenizer, and its prompt for each problem.
 
@@ -279,74 +278,66 @@ def open_candidate(
         with opsdc.reading(run):
             style = json.loads(run.read_text(encoding="utf-8"))["config"].get("prompt", style)
     asked, instruction = (0, "v1") if prompt == "student" else (1, prompt)
-    chats = [opsdc.prompt_pair(row["chat"], instruction, style)[asked] for row in problems]
+    pairs = [opsdc.prompt_pair(p["chat"], instruction, style) for p in problems.values()]
     with opsdc.reading(name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        prompts = opsdc.encode_chats(tokenizer, chats)
+        prompts = opsdc.encode_chats(tokenizer, [pair[asked] for pair in pairs])
     model = opsdc.load_model(name)
-    options = {option: getattr(settings, option) for option in ("temperature", "top_p", "top_k")}
+    sampling = {option: getattr(settings, option) for option in ("temperature", "top_p", "top_k")}
     model.generation_config = opsdc.sampling_settings(
-        model, prompts, settings.max_new_tokens, **options
+        model, prompts, settings.max_new_tokens, **sampling
     )
     return model, tokenizer, prompts
 
 
-def batches(items: Iterable, size: int) -> list[tuple[int, list]]:
-    """This rank's batches of `size` items, each with its number."""
-    items = list(items)
-    numbered = enumerate(items[i : i + size] for i in range(0, len(items), size))
-    return list(numbered)[dist.get_rank() :: dist.get_world_size()]
+def identify(candidate: Candidate, problems: Problems, settings: Settings) -> dict:
+    """What the samples of a model depend on beside the settings."""
+    model, _, prompts = open_candidate(candidate, problems, settings)
+    sums = [weight.flatten().view(torch.int16).sum().item() for weight in model.parameters()]
+    return {
+        f"weights of {candidate}": opsdc.digest(json.dumps(sums)),
+        f"prompts of {candidate}": opsdc.digest(json.dumps(prompts)),
+        f"stop ids of {candidate}": model.generation_config.eos_token_id,
+    }
 
 
 def generate(
-    candidate: Candidate, problems: list[dict], settings: Settings, done: dict
-) -> Iterator[dict[tuple, dict]]:
-    """Yields this rank's batches of samples by key, ungraded, without batches that are done.
-
-    A batch has the same problems and the same seed whenever it is sampled.
-    """
+    candidate: Candidate, problems: Problems, settings: Settings, batches: list[tuple[int, list]]
+) -> Iterator[list[dict]]:
+    """Yields the samples, ungraded, for each numbered batch of keys; the number gives the seed."""
     model, tokenizer, prompts = open_candidate(candidate, problems, settings)
-    work = [
-        ((*candidate, problem["benchmark"], problem["id"], sample), prompt)
-        for problem, prompt in zip(problems, prompts, strict=True)
-        for sample in range(settings.samples)
-    ]
-    for number, batch in batches(work, settings.batch_size):
-        keys, inputs = zip(*batch, strict=True)
-        if done.keys() >= set(keys):
-            continue
+    prompts = dict(zip(problems, prompts, strict=True))
+    for number, keys in batches:
         torch.manual_seed(settings.seed * 1_000_000 + number)
-        completions = opsdc.rollout(model, list(inputs), len(batch))
-        samples = {}
-        for key, prompt, completion in zip(keys, inputs, completions, strict=True):
+        asked = [prompts[key[2:4]] for key in keys]
+        samples = []
+        for prompt, completion in zip(asked, opsdc.rollout(model, asked, len(asked)), strict=True):
             thinks = tokenizer.decode(prompt).rstrip().endswith("<think>")  # as some templates do
             text = tokenizer.decode(completion, skip_special_tokens=True)
-            samples[key] = {
-                "response": "<think>\n" + text if thinks else text,
-                "tokens": len(completion),
-                "finished": completion[-1] in model.generation_config.eos_token_id,
-            }
+            finished = completion[-1] in model.generation_config.eos_token_id
+            sample = {"response": "<think>\n" + text if thinks else text}
+            samples.append(sample | {"tokens": len(completion), "finished": finished})
         yield samples
 
 
-def read_responses(file: str, problems: list[dict], samples: int) -> dict[tuple, dict]:
+def read_responses(file: str, problems: Problems, samples: int) -> dict[tuple, dict]:
     """Samples by key that another engine wrote to a .jsonl file.
 
     A row has the id of a problem, response (with <think> where the prompt ended so), tokens (their
     number), finished (false where it was cut); rows of one id are its samples. Raises ValueError
     for other rows, and for problems without all samples.
     """
+    (benchmark, _), *_ = problems
     counts, written = Counter(), {}
     fields = {"response": str, "tokens": int, "finished": bool}
     for number, row in enumerate(opsdc.load_rows(file), 1):
         for name, kind in fields.items():
             if type(row.get(name)) is not kind or name == "tokens" and row[name] < 1:
                 raise ValueError(f"{file}, row {number} has no good {name}")
-        place = problems[0]["benchmark"], str(row.get("id"))
+        place = benchmark, str(row.get("id"))
         written[file, "as written", *place, counts[place]] = {name: row[name] for name in fields}
         counts[place] += 1
-    wanted = {(p["benchmark"], p["id"]): samples for p in problems}
-    if wrong := wanted.items() ^ counts.items():
+    if wrong := counts.items() ^ dict.fromkeys(problems, samples).items():
         wish = f"must have {samples} (--samples) responses to each problem and no others"
         raise ValueError(f"{file} {wish}: look at id {min(wrong)[0][1]}")
     return written
@@ -368,7 +359,7 @@ def open_records(output_dir: Path, identity: dict) -> tuple[IO[bytes], dict[tupl
     except BlockingIOError:
         raise ValueError(f"{output_dir} is in use by another evaluation") from None
     dist.barrier()  # every rank has its lock
-    file, identity = output_dir / "settings.json", json.loads(json.dumps(identity))
+    file = output_dir / "settings.json"
     with opsdc.reading(file):
         held = json.loads(file.read_text(encoding="utf-8")) if file.exists() else identity
     for name in held | identity:
@@ -449,56 +440,55 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
         raise ValueError(f"--prompt names {len(prompts)} prompts for {len(models)} models")
     if responses and len(settings.data) > 1:
         raise ValueError("--responses needs one benchmark: choose it with --data")
-    sampled, read = list(zip(models, prompts, strict=True)), [(r, "as written") for r in responses]
-    if len({*sampled, *read}) < len(sampled + read):
+    candidates = list(zip(models, prompts, strict=True))
+    candidates += [(file, "as written") for file in responses]
+    if len(set(candidates)) < len(candidates):
         raise ValueError("the same model with the same prompt is named twice")
     if len({Path(source).stem for source in settings.data}) < len(settings.data):
         raise ValueError("--data has two files of the same name, which tells benchmarks apart")
-    problems = [p for source in settings.data for p in load_problems(source, settings.limit)]
+    rows = [row for source in settings.data for row in load_problems(source, settings.limit)]
+    problems = {(row["benchmark"], row["id"]): row for row in rows}
     written = {}
     for file in responses:
         written |= read_responses(file, problems, settings.samples)
-    asked = [problem | {"level": None} for problem in problems]  # levels may be repaired
-    identity = {"candidates": sampled + read, **asdict(settings)}
+    asked = [row | {"level": None} for row in rows]  # a repaired level changes no sample
+    identity = {"candidates": [*map(list, candidates)], **asdict(settings)}
     identity["problems"] = opsdc.digest(json.dumps(asked))
-    identity["responses"] = opsdc.digest(json.dumps(list(written.values())))
-    for candidate in sampled:
-        model, _, encoded = open_candidate(candidate, problems, settings)
-        sums = [weight.flatten().view(torch.int16).sum().item() for weight in model.parameters()]
-        identity[f"weights of {candidate}"] = opsdc.digest(json.dumps(sums))
-        identity[f"prompts of {candidate}"] = opsdc.digest(json.dumps(encoded))
-        identity[f"stop ids of {candidate}"] = model.generation_config.eos_token_id
+    identity["responses"] = opsdc.digest(json.dumps([*written.values()]))
+    for candidate in candidates[: len(models)]:
+        identity |= identify(candidate, problems, settings)
 
     records, done = open_records(output_dir, identity)
-    by_place = {(problem["benchmark"], problem["id"]): problem for problem in problems}
-    keys = [
-        (*candidate, *place, sample)
-        for place in by_place
-        for candidate in sampled + read
-        for sample in range(settings.samples)
-    ]
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    parts = [generate(candidate, problems, settings, done) for candidate in sampled]
-    parts.append(dict(batch) for _, batch in batches(written.items(), settings.batch_size))
+    rank, ranks, size = dist.get_rank(), dist.get_world_size(), settings.batch_size
+    places = [(*place, sample) for place in problems for sample in range(settings.samples)]
+    total = len(candidates) * len(places)
     with (
         records,
         grading_pool(max(1, min(8, os.cpu_count() // ranks))) as pool,
-        tqdm(total=len(keys) // ranks, initial=len(done) // ranks, disable=rank > 0) as bar,
+        tqdm(total=total // ranks, initial=len(done) // ranks, disable=rank > 0) as bar,
     ):
-        for batch in chain(*parts):
-            batch = {key: sample for key, sample in batch.items() if key not in done}
-            golds = [by_place[key[2:4]]["answer"] for key in batch]
-            texts = [sample["response"] for sample in batch.values()]
-            verdicts = grade(pool, zip(texts, golds, strict=True))
-            for (key, sample), verdict in zip(batch.items(), verdicts, strict=True):
-                row = dict(zip(KEY, key, strict=True)) | sample | verdict
-                records.write(json.dumps(row).encode() + b"\n")
-            records.flush()
-            bar.update(len(batch))
+        for candidate in candidates:
+            keys = [(*candidate, *place) for place in places]
+            batches = enumerate(keys[i : i + size] for i in range(0, len(keys), size))
+            batches = [(n, b) for n, b in [*batches][rank::ranks] if not done.keys() >= {*b}]
+            samples = generate(candidate, problems, settings, batches)  # opens a model at need
+            if responses:
+                samples = ([written[key] for key in batch] for _, batch in batches)
+            for (_, batch), batch_samples in zip(batches, samples, strict=False):
+                golds = [problems[key[2:4]]["answer"] for key in batch]
+                texts = [sample["response"] for sample in batch_samples]
+                verdicts = grade(pool, zip(texts, golds, strict=True))
+                for key, sample, verdict in zip(batch, batch_samples, verdicts, strict=True):
+                    row = dict(zip(KEY, key, strict=True)) | sample | verdict
+                    if key not in done:
+                        records.write(json.dumps(row).encode() + b"\n")
+                records.flush()
+                bar.update(len(batch))
     dist.barrier()
     if rank == 0:
         samples = read_samples(output_dir)
-        summary = summarize([samples[k] | {"level": by_place[k[2:4]]["level"]} for k in keys])
+        keys = [(*candidate, *place) for candidate in candidates for place in places]
+        summary = summarize([samples[k] | {"level": problems[k[2:4]]["level"]} for k in keys])
         text = summary.reset_index().to_json(orient="records", indent=2, double_precision=15)
         (output_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
         print(f"Accuracy in % with 95% intervals, {settings}\n\n{report(summary)}")
