@@ -136,16 +136,14 @@ NUMBER_WORD = r"dozen|hundred|thousand|\w+illion"
 BASE, BRACKET = r"\d_\{?(\w+)", r"(\\\{|\()[^(){}]*,"
 # A number with a unit which math-verify does not know, "5 cm²", or with at most three words, none
 # of which can change its value: "5 dollars", "5 red balls".
+UNIT = r"\s*(?:[€£¥]|(?:[cdkm]m|in|ft)\^?[23²³]|m[²³])"
 CHANGES = (
     rf"(?:{NUMBER_WORD}|third|quarter|\w+th)s?|half|halves|percent\w*|squared|cubed|times|plus|"
     r"minus|over|root|sqrt|factorial|mod\w*|base|log|sin|cos|tan|alpha|beta|theta|and|for|when|"
     r"where|unless|with|without|more|less|than|not|are"
 )
-WITH_WORDS = re.compile(
-    r"(\\?\$?-?\d[\d,]*(?:\.\d+)?)\**"
-    r"(?:\s*(?:[€£¥]|(?:[cdkm]m|in|ft)\^?[23²³]|m[²³])"
-    rf"|(?:\s+(?!(?:{CHANGES})\b)[a-zA-Z]{{3,}}){{1,3}})"
-)
+WORDS = rf"(?:\s+(?!(?:{CHANGES})\b)[a-zA-Z]{{3,}}){{1,3}}"
+WITH_WORDS = re.compile(rf"(\\?\$?-?\d[\d,]*(?:\.\d+)?)\**(?:{UNIT}|{WORDS})")
 
 
 def paper_answer(response: str) -> str:
