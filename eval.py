@@ -134,16 +134,15 @@ FORMULAS = re.compile(rf"{FORMULA}(?:(?:[\s,;]|and|or)*{FORMULA})*", re.S)
 # math-verify takes 5 million for 5, 52_7 for 52_8 and the set {1, 2} for the point (1, 2).
 NUMBER_WORD = r"dozen|hundred|thousand|\w+illion"
 BASE, BRACKET = r"\d_\{?(\w+)", r"(\\\{|\()[^(){}]*,"
-# A number with a unit which math-verify does not know, "5 cm²", or with at most three words, none
-# of which can change its value: "5 dollars", "5 red balls".
-UNIT = r"\s*(?:[€£¥]|(?:[cdkm]m|in|ft)\^?[23²³]|m[²³])"
+UNIT = r"(?<=\d)\s*(?:[€£¥]|(?:[cdkm]m|in|ft)\^?[23²³]|m[²³])$"  # not in math-verify
+# A number and at most three words, none of which can change its value: "5 dollars", "5 red balls".
 CHANGES = (
     rf"(?:{NUMBER_WORD}|third|quarter|\w+th)s?|half|halves|percent\w*|squared|cubed|times|plus|"
     r"minus|over|root|sqrt|factorial|mod\w*|base|log|sin|cos|tan|alpha|beta|theta|and|for|when|"
     r"where|unless|with|without|more|less|than|not|are"
 )
 WORDS = rf"(?:\s+(?!(?:{CHANGES})\b)[a-zA-Z]{{3,}}){{1,3}}"
-WITH_WORDS = re.compile(rf"(\\?\$?-?\d[\d,]*(?:\.\d+)?)\**(?:{UNIT}|{WORDS})")
+WITH_WORDS = re.compile(rf"(\\?\$?-?\d[\d,]*(?:\.\d+)?)\**{WORDS}")
 
 
 def paper_answer(response: str) -> str:
@@ -172,7 +171,8 @@ def final_answer(response: str) -> str:
         if len(answer) > LONGEST_ANSWER:
             return ""
         answer = re.sub(r"^.*\b(?:is|are|it's)\b:?\s+(?=.*[\d$\\])", "", answer)
-    answer = plain(answer.strip("*_`\"' \t").rstrip(".,;:?*_`\"' \t"))
+    answer = answer.lstrip("*_`\"' \t").rstrip("*_`\"' \t.,;:?")
+    answer = plain(re.sub(UNIT, "", answer))
     if number := WITH_WORDS.fullmatch(answer):
         answer = number[1]
     # One formula in a sentence is the answer; of several, math-verify would take the last.

@@ -1072,12 +1072,8 @@ def test_final_reads_the_answer_stated_last(grade):
     pairs += [(r"\boxed{pi/2}", r"\frac{\pi}{2}"), (r"Answer: $1\,234\,567$", "1234567")]
     pairs += [("Answer: $52_8$", "52_8"), (r"Answer: $\{1, 2\}$", r"\{2, 1\}")]
     assert all(verdict["final"] for verdict in grade(pairs))
-    pairs = [
-        ("Answer: $52_7$", "52_8"),
-        (r"Answer: $\{1,2\}$", "(1,2)"),
-        ("Answer: (1,2)", "(2,1)"),
-    ]
-    pairs += [("Answer: (1,2)", r"\{1,2\}"), (r"Answer: 1\,23", "123")]
+    pairs = [("Answer: $52_7$", "52_8"), (r"Answer: $\{1,2\}$", "(1,2)")]
+    pairs += [("Answer: (1,2)", "(2,1)"), ("Answer: (1,2)", r"\{1,2\}"), (r"Answer: 1\,23", "123")]
     assert not any(verdict["final"] for verdict in grade(pairs))
 
 
@@ -1088,12 +1084,8 @@ ODD = ["", "Answer: " + r"\frac{1}{" * 90 + "2" + "}" * 90, "Answer: " + "7" * M
 ODD += [r"\boxed{" + "7" * M + "}", r"\boxed{" + "{" * M, "Answer: " + "}" * M, "(" * M + ")" * M]
 ODD += [r"\boxed{}" * 10**4, r"\boxed{" * 10**5, "Answer: \0 \\boxed{\0}" + "\0" * M]
 ODD += ["Answer: \u202e17\u202c" + "\u200f" * M, "Answer: \ud800 \\boxed{\udfff}"]
-ODD += [
-    "Answer: \n" * (M // 9),
-    "Answer: " * (M // 8),
-    "Answer" + " " * M + "!",
-    "Answer:" + "\n" * M,
-]
+ODD += ["Answer: \n" * (M // 9), "Answer: " * (M // 8), "Answer" + " " * M + "!"]
+ODD += ["Answer:" + "\n" * M, "Answer: " + "word " * (2 * M)]
 
 
 def test_hostile_responses_are_wrong_and_harm_no_other(grade):
@@ -1145,12 +1137,10 @@ def asked(monkeypatch):
     calls, tokenizer = [], AutoTokenizer.from_pretrained(TOY)
 
     def rollout(model, prompts, batch_size):
-        calls.append(
-            (torch.initial_seed(), model.generation_config, tokenizer.batch_decode(prompts))
-        )
-        return [
-            tokenizer("Answer: 5")["input_ids"] + model.generation_config.eos_token_id[:1]
-        ] * len(prompts)
+        config = model.generation_config
+        calls.append((torch.initial_seed(), config, tokenizer.batch_decode(prompts)))
+        answer = tokenizer("Answer: 5")["input_ids"] + config.eos_token_id[:1]
+        return [answer] * len(prompts)
 
     monkeypatch.setattr(opsdc, "rollout", rollout)
     return calls
@@ -1196,10 +1186,8 @@ def test_thinking_that_the_template_opened_must_close(call, asked, tmp_path):
     template = model / "chat_template.jinja"
     template.write_text(template.read_text() + "<think>\n")
     data, out = write_rows(tmp_path / "sums.jsonl", SUMS), tmp_path / "run"
-    assert (
-        call(model, "--data", data, "--samples=1", f"--output_dir={out}", "--max_new_tokens=9")[0]
-        == 0
-    )
+    arguments = ("--data", data, "--samples=1", "--max_new_tokens=9", f"--output_dir={out}")
+    assert call(model, *arguments)[0] == 0
     row = read_rows(out / "samples-0.jsonl")[2]
     assert row["dual"] and not row["final"]
 
@@ -1216,15 +1204,9 @@ def test_the_report_says_what_its_rows_say(call, tmp_path):
     tokens = {"base": [10, 30, 20, 40, 60, 80], "new": [5, 15, 20, 10, 20, 50]}
     arguments = ["--data", write_rows(tmp_path / "data.jsonl", data), "--samples=2", "--responses"]
     for name, responses in texts.items():
-        rows = [
-            {
-                "id": "abc"[i // 2],
-                "response": text,
-                "tokens": tokens[name][i],
-                "finished": text != cut,
-            }
-            for i, text in enumerate(responses)
-        ]
+        rows = [{"id": i} for i in "aabbcc"]
+        for row, text, length in zip(rows, responses, tokens[name], strict=True):
+            row |= {"response": text, "tokens": length, "finished": text != cut}
         arguments.append(write_rows(tmp_path / f"{name}.jsonl", rows))
     code, out, err = call(*arguments, f"--output_dir={tmp_path}/run")
     assert code == 0, err
@@ -1317,14 +1299,8 @@ def test_another_evaluation_in_the_same_place_is_refused(call, asked, tmp_path):
     model, rows = tmp_path / "model", [{**row, "level": 1} for row in SUMS]
     shutil.copytree(TOY, model)
     data = write_rows(tmp_path / "sums.jsonl", rows)
-    arguments = (
-        model,
-        "--data",
-        data,
-        "--samples=1",
-        "--max_new_tokens=9",
-        f"--output_dir={tmp_path}/run",
-    )
+    arguments = (model, "--data", data, "--samples=1", "--max_new_tokens=9")
+    arguments += (f"--output_dir={tmp_path}/run",)
     assert call(*arguments)[0] == 0
     before = contents(tmp_path / "run")
 
@@ -1440,9 +1416,7 @@ EVALUATION_FAULTS = [
 def test_bad_input_ends_with_one_line_and_nothing_written(call, tmp_path, arguments, message):
     for name, rows in FILES.items():
         (tmp_path / f"{name}.jsonl").write_text(rows)
-    first = (
-        f"--data {tmp_path}/good.jsonl --samples=1 --max_new_tokens=4 --output_dir={tmp_path}/run "
-    )
+    first = "--data {tmp}/good.jsonl --samples=1 --max_new_tokens=4 --output_dir={tmp}/run "
     code, _, err = call(*(first + arguments).format(toy=TOY, tmp=tmp_path).split())
     assert code == 2 and message in err and err.count("eval.py: error: ") == 1, err
     assert "Traceback" not in err and not (tmp_path / "run").exists()
