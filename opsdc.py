@@ -21,8 +21,8 @@ Algorithm 1
         L_i = sum_t KL(q_t || p_t), normalized by |y_i| in practice                      Eq. (1)
         one step on (1/B) sum_i L_i
 
-Departures                    the paper                  its code                   here
-    1. each L_i               divided by |y_i|           token mean of two y_i      paper
+Where they differ             the paper                  its code                   here
+    1. each L_i               divided by |y_i|           mean over tokens of 2 y_i  paper
     2. refresh                before step k              after step k               paper
     3. long rollouts          cut at 8,192, trained on   up to 30,000; over 10,240  paper
                                                          with prompt: dropped
@@ -35,7 +35,7 @@ Departures                    the paper                  its code               
 The method ends with `train`; its support follows.
 
     python opsdc.py @toy/args                 # a planted toy: CPU, no download, minutes
-    python opsdc.py --model Qwen/Qwen3-8B     # the paper's setting
+    torchrun --nproc-per-node 8 opsdc.py      # the paper's setting: Qwen3-8B, eight GPUs
 """
 
 import contextlib
@@ -101,7 +101,9 @@ class Config:
     refresh_share: float = HfArg(default=1.0, help="of the student; below 1: exponential average")
     steps: int = HfArg(default=100, help="the paper converges near 100, in an epoch of about 425")
     batch_size: int = HfArg(default=32, help="B, problems a step, one rollout each")
-    micro_batch_size: int = HfArg(default=1, help="rollouts a backward pass; affects memory only")
+    micro_batch_size: int = HfArg(
+        default=1, help="rollouts a backward pass; more: faster, in more memory"
+    )
     rollout_batch_size: int = HfArg(default=32, help="rollouts generated at once; for memory")
     max_prompt_tokens: int = HfArg(default=1024, help="longer teacher prompts are left out")
     max_new_tokens: int = HfArg(default=8192, help="of a rollout; cut ones are trained on too")
@@ -151,7 +153,7 @@ def prompt_pair(chat: Chat, instruction: str, style: str = "paper") -> tuple[Cha
                   What is 1 + 1? ...
         (x, c)    Solve the following math problem concisely and correctly. Be direct: avoid ...
                   The last line of your response ... What is 1 + 1? ...
-    Style `plain` keeps the chat; in the teacher's, c and a blank line precede the last turn's text.
+    Style `paper` reads the last turn only; `plain` keeps all turns, with c before the last text.
     Raises ValueError for an instruction of one word other than v1, v2 and percent:P (P: 1 to 99).
     """
     c = INSTRUCTIONS.get(instruction, instruction)
@@ -263,8 +265,8 @@ CHUNK = 192  # positions whose logits exist at once
 class ChunkedDivergence(torch.autograd.Function):
     """sum_t weight_t D(q_t, p_t) from states and heads, without the logits of all T positions.
 
-    Autograd differentiates `divergence` with respect to the logits of one chunk of positions at a
-    time, in the forward pass; their gradient goes at once into the gradients of states and head.
+    The forward pass computes the gradients too: for one chunk of positions at a time it forms the
+    logits, differentiates `divergence`, and adds the result to the gradients of states and head.
     """
 
     @staticmethod
@@ -281,7 +283,7 @@ class ChunkedDivergence(torch.autograd.Function):
             with torch.enable_grad():
                 logps = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
                 nats = divergence(*logps, kind)  # (N,)
-            (grad_logits,) = torch.autograd.grad(nats, student_logits, weights[rows])
+            (grad_logits,) = torch.autograd.grad(nats, student_logits, weights[rows])  # (N, V)
             statistics[0, rows] = nats.detach()
             statistics[1:, rows] = torch.stack([-(x.exp() * x).sum(-1) for x in logps]).detach()
             grad_states[rows] = grad_logits.to(student_head.dtype) @ student_head
@@ -289,7 +291,7 @@ class ChunkedDivergence(torch.autograd.Function):
                 grad_head.addmm_(grad_logits.T, student_states[rows].float())
         ctx.save_for_backward(grad_states, grad_head)
         ctx.mark_non_differentiable(statistics)
-        return statistics[0] @ weights, statistics  # Eq. (1), with the weights of Algorithm 1
+        return statistics[0] @ weights, statistics  # Eq. (1); weight_t is 1 / |y_i| / B
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -305,8 +307,9 @@ def distillation_loss(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What these completions add to 1/B sum_i 1/|y_i| sum_t D(q_t, p_t), in nats; B = batch_size.
 
-    Losses and gradients of micro-batches add up to the batch's. Returns also, for each completion,
-    D(q_t, p_t), the student's entropy and the teacher's at its tokens, (3, |y_i|), detached.
+    The y_i are fixed: no gradient goes through their sampling. Losses and gradients of
+    micro-batches add up to the batch's. Returns also, without gradient, for each completion (3,
+    |y_i|): D, the student's entropy and the teacher's at each of its tokens.
     """
     student_prompts, teacher_prompts, completions = zip(*triples, strict=True)
     student_states = student(*align(student_prompts, completions))  # (T, H), of q_t
@@ -327,7 +330,7 @@ def distillation_loss(
 def refresh(teacher: Scorer, student: Scorer, share: float) -> None:
     """Eq. (2): theta_bar <- theta. A share below 1 makes theta_bar an exponential average."""
     for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
-        old.lerp_(new, share)  # old + share (new - old): a copy at 1
+        old.lerp_(new, share)  # old + share (new - old); torch makes it a copy at 1
 
 
 def train(run: SimpleNamespace) -> None:
@@ -335,7 +338,7 @@ def train(run: SimpleNamespace) -> None:
     config, student, teacher, sampler = run.config, run.student, run.teacher, run.sampler
     rank, ranks = dist.get_rank(), dist.get_world_size()
     data = enumerate(batches(run.prompts, config.batch_size, config.seed), 1)
-    for step, batch in itertools.islice(data, run.done, config.steps):
+    for step, batch in itertools.islice(data, run.done, config.steps):  # done + 1, ..., steps
         metrics = {"step": step}  # for the log
 
         # "if k mod M == 0, theta_bar <- theta"
@@ -343,32 +346,33 @@ def train(run: SimpleNamespace) -> None:
         if metrics["refreshed"]:
             refresh(teacher, student, config.refresh_share)  # Eq. (2)
 
-        # "sample a batch of B problems": each rank takes its share
-        batch = batch[rank::ranks]
+        # "sample a batch of B problems": each rank takes its share, B / ranks
+        share = batch[rank::ranks]
 
         # "one rollout y_i of each from the student"
         start = time.perf_counter()
-        torch.manual_seed((config.seed * 100_000 + step) * 1_000 + rank)  # the same after --resume
-        completions = rollout(sampler, [x for x, _ in batch], config.rollout_batch_size)
+        torch.manual_seed((config.seed * 100_000 + step) * 1_000 + rank)  # differs by step and rank
+        completions = rollout(sampler, [x for x, _ in share], config.rollout_batch_size)
         metrics["rollout_seconds"] = time.perf_counter() - start
 
         # "student and teacher logits on the same y_i", "L_i = sum_t KL(q_t || p_t)"
         start = time.perf_counter()
-        triples = [(x, x_c, y) for (x, x_c), y in zip(batch, completions, strict=True)]
+        triples = [(x, x_c, y) for (x, x_c), y in zip(share, completions, strict=True)]
         triples.sort(key=lambda triple: len(triple[-1]))  # less padding
         statistics = []
         for first in range(0, len(triples), config.micro_batch_size):
             part = triples[first : first + config.micro_batch_size]
-            loss, of_part = distillation_loss(student, teacher, part, config.divergence, len(batch))
-            loss.backward()  # FSDP2 averages the gradients of the ranks
+            # FSDP2 averages gradients over the ranks, so the mean over the share becomes 1/B.
+            loss, of_part = distillation_loss(student, teacher, part, config.divergence, len(share))
+            loss.backward()
             statistics += of_part
-        teacher.reshard()  # after a forward pass alone, FSDP2 keeps embedding and head gathered
+        teacher.reshard()  # frees the embedding and head that FSDP2 gathered for the forward pass
 
         # "one step on (1/B) sum_i L_i"
         metrics["grad_norm"] = clip_gradients(student, config.max_grad_norm)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        copy_to_sampler(student, sampler)
+        copy_to_sampler(student, sampler)  # so the next rollouts are on-policy
         metrics["update_seconds"] = time.perf_counter() - start
 
         finish_step(run, metrics, triples, statistics)
@@ -459,7 +463,7 @@ def clip_gradients(student: Scorer, max_norm: float) -> float:
         remedy = "look at the model, or lower --learning_rate"
         raise SystemExit(f"opsdc.py: a gradient is not finite, nothing was updated: {remedy}")
     for grad in grads:
-        grad.mul_(min(1.0, max_norm / norm))
+        grad.mul_(min(1.0, max_norm / (norm + 1e-6)))
     return norm
 
 
@@ -745,7 +749,7 @@ def prepare(config: Config) -> SimpleNamespace:
 
 def main() -> None:
     """A flag for each field of Config; @file reads flags from a file, one a line.
-    Exit code 2: bad input, nothing was written. 1: ended by an error. 130: interrupted."""
+    Exit code 2: bad input, no step was done. 1: ended by an error. 130: interrupted."""
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], fromfile_prefix_chars="@")
     try:
         run = prepare(Config(**vars(parser.parse_args())))
