@@ -1426,3 +1426,21 @@ def test_a_rank_without_torchrun_is_refused(call, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
     code, _, err = call(*RUN, f"--output_dir={tmp_path}/run")
     assert code == 2 and "eval.py: error: " in err and not (tmp_path / "run").exists()
+
+
+# ---- results/bench.py -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command, shown",
+    [
+        ("loss --tokens 40 --hidden 16 --vocabulary 900 --rounds 1", "| plain |"),
+        ("memory", "| 8B | 1 x 80 GB |"),
+        ("rollout --config {} --prompt_tokens 9 --new_tokens 5 --rows 1 3", "1 rows | 3 rows"),
+        ("step --config {} --flags=--max_new_tokens=5", "| --offload |"),
+    ],
+)
+def test_every_benchmark_runs_with_tiny_shapes(command, shown):
+    words = command.format(HERE / "toy" / "config.json").split()
+    program = [sys.executable, HERE / "results" / "bench.py", *words]
+    assert shown in subprocess.run(program, check=True, capture_output=True, text=True).stdout
