@@ -1428,7 +1428,7 @@ def test_a_rank_without_torchrun_is_refused(call, monkeypatch, tmp_path):
     assert code == 2 and "eval.py: error: " in err and not (tmp_path / "run").exists()
 
 
-# ---- results/bench.py -----------------------------------------------------------------------------
+# ---- results/bench.py ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
