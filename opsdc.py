@@ -649,9 +649,12 @@ MAY_CHANGE |= {"rollout_batch_size"}
 
 
 def start_ranks() -> None:
-    """Joins torchrun's process group, or makes a group of one process; claims this rank's GPU."""
+    """Joins torchrun's process group, or makes a group of one process; claims this rank's GPU.
+    Raises ValueError if the GPU has no bf16 or the environment is incomplete."""
     if CUDA:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ValueError("this GPU has no bf16")
         torch.set_float32_matmul_precision("high")  # TF32 for the gradient of the head
     launched = {"RANK", "WORLD_SIZE"} & os.environ.keys()
     alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -731,7 +734,7 @@ def prepare(config: Config) -> SimpleNamespace:
     dist.barrier()
     names = (path.name[5:] for path in run.output_dir.glob("step-*"))
     run.done = max((int(name) for name in names if name.isdecimal()), default=0)
-    if run.done:  # by any number of ranks
+    if run.done:  # saved by any number of ranks
         with reading(directory := run.output_dir / f"step-{run.done}"):
             dcp.load(training_state(run), checkpoint_id=directory)  # into the tensors in use
         copy_to_sampler(run.student, run.sampler)
@@ -766,6 +769,8 @@ def main() -> None:
     except torch.OutOfMemoryError:
         remedy = "lower --rollout_batch_size if in a rollout, else --micro_batch_size, or --offload"
         parser.exit(1, f"opsdc.py: out of GPU memory: {remedy}; go on with --resume\n")
+    except OSError as error:  # of the log, on a full disk
+        parser.exit(1, f"opsdc.py: {error}; --resume goes on from the newest step-N, if any\n")
     dist.destroy_process_group()
 
 

@@ -938,6 +938,25 @@ def test_out_of_memory_names_the_settings_to_lower(monkeypatch, small_run, tmp_p
     assert code == 1 and "--rollout_batch_size" in said and "--offload" in said
 
 
+def test_a_log_that_cannot_be_written_ends_with_one_line(tiny, data, tmp_path, capfd, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(opsdc, "finish_step", full)
+    arguments = {"model": tiny, "data": data, "output_dir": tmp_path / "run"} | OPTIONS
+    code, said = main([f"--{name}={value}" for name, value in arguments.items()], capfd)
+    assert code == 1 and "Traceback" not in said
+    assert "No space left on device" in said and "--resume goes on" in said.splitlines()[-1]
+
+
+def test_a_gpu_without_bf16_is_refused(monkeypatch):
+    monkeypatch.setattr(opsdc, "CUDA", True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    with pytest.raises(ValueError, match="no bf16"):
+        opsdc.start_ranks()
+
+
 # ---- eval.py: programs and fixtures --------------------------------------------------------------
 
 TOY = str(HERE / "toy")
