@@ -32,6 +32,11 @@ Where they differ             the paper                  its code               
        in MATH-500
     7. dropout                not said                   not looked at              off throughout
 
+Beyond the paper: --teacher, another model of the same vocabulary; --refresh_share, an average as
+teacher; --rewrite, Mixed-Policy Distillation (arXiv 2605.08776): the teacher rewrites each rollout
+concisely, and the loss is taken on the rewrite. Only its abstract is public. Our reading are the
+request, the direction of the KL (as above), and the teacher's prompt in the loss, (x, c).
+
 The method ends with `train`; its support follows.
 
     python opsdc.py @toy/args                 # a planted toy: CPU, no download, minutes
@@ -92,10 +97,14 @@ class Config:
     model: str = HfArg(default="Qwen/Qwen3-8B", help="hub id or local directory")
     data: str = HfArg(default="YouJiacheng/DAPO-Math-17k-dedup", help="hub id or file of problems")
     output_dir: str = HfArg(default="runs/opsdc", help="for metrics.jsonl and the trained model")
-    instruction: str = HfArg(default="v1", help="c: v1, v2, percent:50 or a text of your own")
+    instruction: str = HfArg(default="v1", help="c: v1, v2, percent:50, none or a text of your own")
     prompt: Literal["paper", "plain"] = HfArg(default="paper", help="plain: the problem as it is")
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = HfArg(
         default="reverse_kl", help="reverse_kl is KL(student || teacher)"
+    )
+    teacher: str = HfArg(default="", help="another model of the same vocabulary, frozen")
+    rewrite: bool = HfArg(
+        default=False, help="train on rewrites by the teacher, without --teacher by the student"
     )
     refresh_every: int = HfArg(default=50, help="M, in steps; 0 freezes the teacher")
     refresh_share: float = HfArg(default=1.0, help="of the student; below 1: exponential average")
@@ -122,7 +131,7 @@ class Config:
 
 TASK = "Solve the following math problem step by step."  # the instruction c takes its place
 PROMPT = (
-    "{opening}The last line of your response should be of the form Answer: $Answer (without "
+    "The last line of your response should be of the form Answer: $Answer (without "
     "quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
     'Remember to put your answer on its own line after "Answer:".'
 )
@@ -154,27 +163,29 @@ def prompt_pair(chat: Chat, instruction: str, style: str = "paper") -> tuple[Cha
         (x, c)    Solve the following math problem concisely and correctly. Be direct: avoid ...
                   The last line of your response ... What is 1 + 1? ...
     Style `paper` reads the last turn only; `plain` keeps all turns, with c before the last text.
-    Raises ValueError for an instruction of one word other than v1, v2 and percent:P (P: 1 to 99).
+    Without c (the instruction `none`), both get x. Raises ValueError for another word than these,
+    v1, v2 and percent:P (P: 1 to 99).
     """
-    c = INSTRUCTIONS.get(instruction, instruction)
-    if len(c.split()) < 2:
-        raise ValueError(f"--instruction is {c!r}, not v1, v2, percent:1..99 or a text")
-    if style == "plain":
-        return chat, [*chat[:-1], {**chat[-1], "content": f"{c}\n\n{chat[-1]['content']}"}]
-    problem = without_wrapper(chat[-1]["content"])
-    student, teacher = (PROMPT.format(opening=o, problem=problem) for o in (f"{TASK} ", f"{c}\n\n"))
-    return [{"role": "user", "content": student}], [{"role": "user", "content": teacher}]
+    c, task = INSTRUCTIONS.get(instruction, instruction), f"{TASK} " if style == "paper" else ""
+    if len(c.split()) < 2 and c != "none":
+        raise ValueError(f"--instruction is {c!r}, not v1, v2, percent:1..99, none or a text")
+    if style == "paper":
+        problem = without_wrapper(chat[-1]["content"])
+        chat = [{"role": "user", "content": task + PROMPT.format(problem=problem)}]
+    if c == "none":
+        return chat, chat
+    text = chat[-1]["content"].removeprefix(task)
+    return chat, [*chat[:-1], {**chat[-1], "content": f"{c}\n\n{text}"}]
 
 
-def encode_chats(tokenizer: Tokenizer, chats: list[Chat]) -> list[Ids]:
+def encode_chats(tokenizer: Tokenizer, chats: list[Chat], **options) -> list[Ids]:
     """Token ids by the model's own template, up to the opening of the assistant's turn.
 
     Thinking is up to the model: Qwen3 writes <think> itself, DeepSeek-R1-Distill's template does.
     Control tokens in a problem's text (<|im_end|>, say) are encoded as plain text.
     """
-    return tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=False
-    )
+    options |= {"sanitize_control_tokens": True, "return_dict": False}
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options)
 
 
 # ---- Rollout -------------------------------------------------------------------------------------
@@ -352,12 +363,13 @@ def train(run: SimpleNamespace) -> None:
         # "one rollout y_i of each from the student"
         start = time.perf_counter()
         torch.manual_seed((config.seed * 100_000 + step) * 1_000 + rank)  # differs by step and rank
-        completions = rollout(sampler, [x for x, _ in share], config.rollout_batch_size)
+        rollouts = rollout(sampler, [x for x, _, _ in share], config.rollout_batch_size)
+        completions = rewrite(run, share, rollouts) if config.rewrite else rollouts
         metrics["rollout_seconds"] = time.perf_counter() - start
 
         # "student and teacher logits on the same y_i", "L_i = sum_t KL(q_t || p_t)"
         start = time.perf_counter()
-        triples = [(x, x_c, y) for (x, x_c), y in zip(share, completions, strict=True)]
+        triples = [(x, x_c, y) for (x, x_c, _), y in zip(share, completions, strict=True)]
         triples.sort(key=lambda triple: len(triple[-1]))  # less padding
         statistics = []
         for first in range(0, len(triples), config.micro_batch_size):
@@ -375,8 +387,35 @@ def train(run: SimpleNamespace) -> None:
         copy_to_sampler(student, sampler)  # so the next rollouts are on-policy
         metrics["update_seconds"] = time.perf_counter() - start
 
-        finish_step(run, metrics, triples, statistics)
+        finish_step(run, metrics, rollouts, triples, statistics)
     save(run)
+
+
+# ---- Support: rewritten rollouts, beyond the paper -----------------------------------------------
+
+REWRITE = (
+    "{x}\n\nHere is a solution:\n\n{y}\n\nRewrite it as concisely as you can, in the same form. "
+    "Keep every step that the answer needs."
+)
+
+
+def rewriting_prompts(tokenizer: Tokenizer, chats: list[Chat], solutions: list[Ids]) -> list[Ids]:
+    """Chats whose last text is followed by a solution and the request to rewrite it. Where its
+    template can, the rewriter is told not to think first."""
+    texts, asking = tokenizer.batch_decode(solutions, skip_special_tokens=True), []
+    for (*turns, last), y in zip(chats, texts, strict=True):
+        asking.append([*turns, {**last, "content": REWRITE.format(x=last["content"], y=y)}])
+    return encode_chats(tokenizer, asking, enable_thinking=False)
+
+
+def rewrite(run: SimpleNamespace, share: list, rollouts: list[Ids]) -> list[Ids]:
+    """The rollouts as rewritten by the teacher, or by the sampler if there is no --teacher. A
+    rollout stays as it is if its rewrite is empty or not shorter, as one cut at the limit is."""
+    prompts = rewriting_prompts(run.tokenizer, [chat for _, _, chat in share], rollouts)
+    rewrites = rollout(run.rewriter, prompts, run.config.rollout_batch_size)
+    texts = run.tokenizer.batch_decode(rewrites, skip_special_tokens=True)
+    rows = zip(rollouts, rewrites, texts, strict=True)
+    return [new if text.strip() and len(new) < len(old) else old for old, new, text in rows]
 
 
 # ---- Support: models -----------------------------------------------------------------------------
@@ -393,19 +432,12 @@ def load_model(name: str, dtype: torch.dtype | str = DTYPE, device: Any = DEVICE
         with torch.no_grad():
             logits, states = model(ids).logits, model.base_model(ids, use_cache=False)[0]
         error = (logits - states @ head.weight.T).abs().max() / logits.abs().max()
-        options, eps = model.config.get_text_config().to_dict(), torch.finfo(states.dtype).eps
         faults = [f"{key} is missing" for key in sorted(info["missing_keys"])]
-        faults += [f"it has {key}" for key in SCALES if options.get(key) not in (None, 1)]
-        faults += [] if getattr(head, "bias", None) is None else ["its head has a bias"]
-        faults += [] if error < 4 * eps else ["its logits are not final states times its head"]
+        if not error < 4 * torch.finfo(states.dtype).eps:  # a bias, a scale, a cap
+            faults.append("its logits are not final states times its head")
         if faults:
             raise ValueError(faults[0])
     return model
-
-
-# Options that scale or cap the logits of some model families.
-SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
-SCALES += ("output_multiplier", "output_logit_soft_cap", "logits_soft_cap")
 
 
 def sampling_settings(model: Model, prompts: list[Ids], room: int, **sampling) -> GenerationConfig:
@@ -497,18 +529,21 @@ def save(run: SimpleNamespace, step: int = 0) -> None:
     dist.barrier()
 
 
-def finish_step(run: SimpleNamespace, metrics: dict, triples: list, statistics: list) -> None:
+def finish_step(
+    run: SimpleNamespace, metrics: dict, rollouts: list[Ids], triples: list, statistics: list
+) -> None:
     """Logs a step, saves it if due, shows it last: a closed terminal must not lose a step. Raises
     KeyboardInterrupt after saving if a rank has caught a signal."""
     config, step, completions = run.config, metrics["step"], [y for _, _, y in triples]
-    cut = [y[-1] not in run.sampler.generation_config.eos_token_id for y in completions]
-    shares = [sum(map(len, completions)) / len(cut), sum(cut) / len(cut), len(run.signals)]
+    cut = [y[-1] not in run.sampler.generation_config.eos_token_id for y in rollouts]
+    sums = [sum(cut), sum(map(len, rollouts)), sum(map(len, completions))]
     means = torch.stack([of_tokens.mean(1) for of_tokens in statistics]).mean(0).tolist()
-    values = torch.tensor([*means, *shares], dtype=torch.float64)
+    shares = [total / len(cut) for total in sums]
+    values = torch.tensor([*means, *shares, len(run.signals)], dtype=torch.float64)
     dist.all_reduce(values)
     *values, signals = (values / dist.get_world_size()).tolist()
-    names = ("loss", "student_entropy", "teacher_entropy", "completion_tokens", "truncated")
-    metrics |= dict(zip(names, values, strict=True))
+    names = "loss student_entropy teacher_entropy truncated completion_tokens trained_tokens"
+    metrics |= dict(zip(names.split(), values, strict=True))
     tokens = metrics["completion_tokens"] * config.batch_size
     metrics["tokens_per_second"] = tokens / metrics["rollout_seconds"]
     metrics["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -599,7 +634,7 @@ def read_chats(source: str, rows: list[dict[str, Any]]) -> list[Chat]:
 
 def without_wrapper(text: str) -> str:
     """A problem without the words that DAPO-Math puts around it."""
-    before, after = PROMPT.format(opening=f"{TASK} ", problem="\0").split("\0")
+    before, after = f"{TASK} {PROMPT}".split("{problem}")
     return text.removeprefix(before).removesuffix(after)
 
 
@@ -612,20 +647,22 @@ def digest(text: str) -> str:
 IN_MATH500 = {"3361691622c4f773", "4384ad9cb9175c9f", "69c249395bcf1d7d", "f680069cf8b5a5ad"}
 
 
-def load_prompts(config: Config, tokenizer: Tokenizer) -> list[tuple[Ids, Ids]]:
-    """The student's prompt and the teacher's for each problem, without those that are too long.
-    Raises ValueError if a pair is equal, or if too few are left for a batch."""
+def load_prompts(config: Config, tokenizer: Tokenizer) -> list[tuple[Ids, Ids, Chat]]:
+    """For each problem the student's prompt, the teacher's, and the student's as a chat; without
+    those that are too long. Raises ValueError if too few are left for a batch, or if student and
+    teacher are one model with one prompt."""
     pairs = [
         prompt_pair(chat, config.instruction, config.prompt)
         for chat in read_chats(config.data, load_rows(config.data))
         if digest("".join(without_wrapper(chat[-1]["content"]).split())) not in IN_MATH500
     ]
     with reading(f"a prompt for {config.model}"):
-        sides = [encode_chats(tokenizer, list(chats)) for chats in zip(*pairs, strict=True)]
+        students, teachers = ([pair[side] for pair in pairs] for side in (0, 1))
+        sides = encode_chats(tokenizer, students), encode_chats(tokenizer, teachers), students
         prompts = list(zip(*sides, strict=True))
-        if any(x == x_c for x, x_c in prompts):
-            raise ValueError("student and teacher get equal prompts")
-    kept = [(x, x_c) for x, x_c in prompts if len(x_c) <= config.max_prompt_tokens]
+        if not config.teacher and any(x == x_c for x, x_c, _ in prompts):
+            raise ValueError("student and teacher get equal prompts, which needs a --teacher")
+    kept = [prompt for prompt in prompts if len(prompt[1]) <= config.max_prompt_tokens]
     if len(kept) < config.batch_size:
         found = f"{len(kept)} problems of {config.data} are within --max_prompt_tokens"
         raise ValueError(f"{found}, too few for --batch_size {config.batch_size}")
@@ -670,6 +707,8 @@ def check_options(config: Config) -> None:
         if isinstance(value, str) or value == 0 and name in may_be_0 or 0 < value <= largest:
             continue
         raise ValueError(f"--{name} is {value}, but must be more than 0, at most {largest}")
+    if config.teacher and config.refresh_every:
+        raise ValueError("--teacher is not refreshed: it needs --refresh_every 0")
     if config.batch_size % dist.get_world_size():
         raise ValueError(f"--batch_size {config.batch_size} is no multiple of the processes")
     output_dir = Path(config.output_dir).expanduser()
@@ -717,17 +756,27 @@ def prepare(config: Config) -> SimpleNamespace:
 
     # student: fp32 weights, a part on each rank; teacher: the same, without gradients.
     run.student = shard(load_model(config.model, "auto", "cpu"), config.offload)
-    teacher = load_model(config.model, "auto", "cpu").requires_grad_(False)
+    teacher = load_model(config.teacher or config.model, "auto", "cpu").requires_grad_(False)
     run.teacher = shard(teacher, config.offload)  # theta_bar <- theta
+    with reading(config.teacher or config.model):
+        vocabulary = AutoTokenizer.from_pretrained(teacher.name_or_path).get_vocab()
+        sizes = [len(scorer.head) for scorer in (run.student, run.teacher)]
+        if vocabulary != run.tokenizer.get_vocab() or sizes[0] != sizes[1]:
+            raise ValueError(f"its vocabulary is not that of {config.model}")
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
     run.optimizer = torch.optim.AdamW(run.student.parameters(), **options)
 
     # sampler: the student's weights in DTYPE, whole on every rank; generates, is saved.
-    run.sampler = load_model(config.model)
+    run.sampler = run.rewriter = load_model(config.model)
+    if config.rewrite and config.teacher:
+        run.rewriter = load_model(config.teacher)
     sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    prompts = [ids for pair in run.prompts for ids in pair]
-    settings = sampling_settings(run.sampler, prompts, config.max_new_tokens, **sampling)
-    run.sampler.generation_config = settings
+    prompts = [ids for x, x_c, _ in run.prompts for ids in (x, x_c)]
+    room = config.max_new_tokens * (1 + config.rewrite)  # a rewrite comes behind a rollout
+    for model in (run.sampler, run.rewriter, run.teacher.model):
+        settings = sampling_settings(model, prompts, room, **sampling)
+        settings.max_new_tokens = config.max_new_tokens
+        model.generation_config = settings
     dist.barrier()  # all ranks have passed all checks
     if dist.get_rank() == 0:
         claim_output(run)

@@ -19,8 +19,9 @@ The two files of arguments beside it, args and eval, are written by hand.
 import argparse
 import json
 import random
+import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from opsdc import Chat, encode_chats, prompt_pair  # noqa: E402
+from opsdc import Chat, Ids, encode_chats, prompt_pair, rewriting_prompts  # noqa: E402
 
 Digits = tuple[int, ...]  # the summands of a problem
 
@@ -51,7 +52,11 @@ TRAIN_PROBLEMS = 3200
 # anything below 0.05, which is 0.146 here.
 SLIP = 0.16
 
-STEPS, BATCH_SIZE, LEARNING_RATE = 3000, 32, 3e-3
+TEACHER_SLIP = 0.08
+
+BATCH_SIZE = 32
+TOY_LAYERS, STEPS, LEARNING_RATE = 4, 3000, 3e-3
+TEACHER_LAYERS, TEACHER_STEPS, TEACHER_LEARNING_RATE = 6, 1500, 2e-3
 
 # ------------------------------------------------------------------------------------------------
 # Problems and traces
@@ -106,14 +111,14 @@ def problem_text(digits: Sequence[int]) -> str:
     return f"What is the last digit of {' + '.join(map(str, digits))}?"
 
 
-def answer_text(digits: Sequence[int], style: Style, rng: random.Random) -> str:
+def answer_text(digits: Digits, style: Style, rng: random.Random, slip: float = SLIP) -> str:
     """An answer in a style: thoughts and lines that rewrite what is left of the sum; the digit."""
     lines = rng.choices(NARRATIONS, k=repeats(style.narrate, rng))
 
     def write(opening: str, numbers: list[int]) -> list[int]:
         """Adds a line of numbers and returns what it says, slip included; the next builds on it."""
-        slip = rng.random() < SLIP
-        numbers = [(numbers[0] + slip) % 10, *numbers[1:]]
+        slipped = rng.random() < slip
+        numbers = [(numbers[0] + slipped) % 10, *numbers[1:]]
         lines.append(opening + " + ".join(map(str, numbers)))
         return numbers
 
@@ -133,6 +138,15 @@ def answer_text(digits: Sequence[int], style: Style, rng: random.Random) -> str:
         left = write(RESTATED_STEP, left)
     lines += rng.choices(CLOSINGS, k=repeats(style.close, rng))
     return "\n".join(["<think>", *lines, "</think>\n", f"Answer: {left[0]}"])
+
+
+def rewritten(answer: str, level: int) -> str:
+    """The lines that an answer follows from, slips included: of its last attempt, for each number
+    of summands below the level, the last line."""
+    attempt, result = answer.split(RESTART)[-1].split("</think>")
+    last = {line.count("+"): line for line in attempt.splitlines() if line[-1:].isdigit()}
+    steps = [re.sub(r"^\D*", STEP, last[plus]) for plus in reversed(range(level - 1))]
+    return "\n".join(["<think>", *steps, "</think>"]) + result
 
 
 def draw_digits(rng: random.Random, level: int, apart_from: Collection[Digits]) -> Digits:
@@ -182,15 +196,15 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """Random weights, about a million. It ships with Qwen3's own sampling settings."""
+def make_model(tokenizer: PreTrainedTokenizerFast, layers: int) -> Qwen3ForCausalLM:
+    """Random weights, 105,000 and 213,000 a layer. It ships with Qwen3's own sampling settings."""
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
             hidden_size=128,
             intermediate_size=384,
-            num_hidden_layers=4,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=4,
             head_dim=32,
@@ -206,6 +220,16 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return model
 
 
+def deepened(toy: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """The toy with two more layers, which change nothing before they are trained."""
+    model = make_model(tokenizer, TEACHER_LAYERS)
+    model.load_state_dict(toy.state_dict(), strict=False)
+    for layer in model.model.layers[toy.config.num_hidden_layers :]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model
+
+
 def prompt_chat(digits: Sequence[int], style: str) -> Chat:
     """The prompt that a style of answer stands behind: the student's, or v1's or v2's teacher's."""
     problem = [{"role": "user", "content": problem_text(digits)}]
@@ -214,8 +238,38 @@ def prompt_chat(digits: Sequence[int], style: str) -> Chat:
     return prompt_pair(problem, style)[1]
 
 
+Examples = tuple[list[Ids], list[str]]  # prompts, and answers
+
+
+def toy_examples(
+    tokenizer: PreTrainedTokenizerFast,
+    problems: list[tuple[Digits, str]],
+    rng: random.Random,
+    slip: float = SLIP,
+) -> Examples:
+    """Problems solved, each in its style."""
+    prompts = encode_chats(tokenizer, [prompt_chat(*problem) for problem in problems])
+    return prompts, [answer_text(x, STYLES[style], rng, slip) for x, style in problems]
+
+
+def teacher_examples(
+    tokenizer: PreTrainedTokenizerFast, problems: list[tuple[Digits, str]], rng: random.Random
+) -> Examples:
+    """Half of the problems solved with fewer slips; the toy's answers to the others rewritten."""
+    half = len(problems) // 2
+    prompts, texts = toy_examples(tokenizer, problems[:half], rng, TEACHER_SLIP)
+    answers = [(answer_text(x, STYLES[style], rng), x) for x, style in problems[half:]]
+    answers.sort(key=lambda answer: len(answer[0]))  # less padding
+    chats = [prompt_chat(x, "student") for _, x in answers]
+    prompts += rewriting_prompts(tokenizer, chats, tokenizer([y for y, _ in answers]).input_ids)
+    return prompts, texts + [rewritten(y, len(x)) for y, x in answers]
+
+
 def example_batches(
-    tokenizer: PreTrainedTokenizerFast, held_out: Collection[Digits], rng: random.Random
+    examples: Callable[..., Examples],
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: Collection[Digits],
+    rng: random.Random,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """For ever: input_ids and labels (B, L) of new answers behind their prompts; labels are -100
     outside of the answers. Answers of similar length share a batch, to save padding."""
@@ -225,8 +279,7 @@ def example_batches(
         levels = rng.choices(LEVELS, weights=LEVELS, k=len(styles))
         problems = [draw_digits(rng, level, held_out) for level in levels]
         pairs = list(zip(problems, styles, strict=True))
-        prompts = encode_chats(tokenizer, [prompt_chat(*pair) for pair in pairs])
-        texts = [answer_text(digits, STYLES[style], rng) for digits, style in pairs]
+        prompts, texts = examples(tokenizer, pairs, rng)
         answers = tokenizer([text + tokenizer.eos_token for text in texts]).input_ids
         rows = sorted(zip(prompts, answers, strict=True), key=lambda row: len(row[1]))
         chunks = [rows[first : first + BATCH_SIZE] for first in range(0, len(rows), BATCH_SIZE)]
@@ -235,6 +288,36 @@ def example_batches(
             inputs = [torch.tensor(prompt + answer) for prompt, answer in chunk]
             labels = [torch.tensor([-100] * len(prompt) + answer) for prompt, answer in chunk]
             yield pad_sequence(inputs, True, 0), pad_sequence(labels, True, -100)
+
+
+def fit(model: Qwen3ForCausalLM, batches: Iterator, steps: int, learning_rate: float) -> None:
+    """Trains a model by next-token prediction."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98))
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+    bar = tqdm(range(steps), unit="step")
+    for _, (input_ids, labels) in zip(bar, batches, strict=False):
+        loss = model(input_ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def make_teacher(
+    toy: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: Collection[Digits],
+    seed: int,
+    output_dir: Path,
+) -> None:
+    set_seed(seed)
+    model = deepened(toy, tokenizer)
+    batches = example_batches(teacher_examples, tokenizer, held_out, random.Random(seed))
+    fit(model, batches, TEACHER_STEPS, TEACHER_LEARNING_RATE)
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
 
 
 def main() -> None:
@@ -257,19 +340,8 @@ def main() -> None:
         for name, style in STYLES.items():
             texts += [prompt_chat(digits, name)[0]["content"], answer_text(digits, style, rng)]
     tokenizer = make_tokenizer(texts)
-    model = make_model(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
-    schedule = get_cosine_schedule_with_warmup(optimizer, STEPS // 20, STEPS)
-    bar = tqdm(range(STEPS), unit="step")
-    for _, (input_ids, labels) in zip(bar, example_batches(tokenizer, held_out, rng), strict=False):
-        loss = model(input_ids, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-
+    model = make_model(tokenizer, TOY_LAYERS)
+    fit(model, example_batches(toy_examples, tokenizer, held_out, rng), STEPS, LEARNING_RATE)
     model.save_pretrained(arguments.output_dir)
     tokenizer.save_pretrained(arguments.output_dir)
     write_rows(arguments.output_dir / "train.jsonl", [{"problem": problem_text(x)} for x in train])
@@ -277,6 +349,7 @@ def main() -> None:
         arguments.output_dir / "test.jsonl",
         [{"problem": problem_text(x), "answer": str(sum(x) % 10), "level": len(x)} for x in test],
     )
+    make_teacher(model, tokenizer, held_out, arguments.seed, arguments.output_dir / "teacher")
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
