@@ -700,11 +700,11 @@ def start_ranks() -> None:
 
 def check_options(config: Config) -> None:
     """Raises ValueError for an option out of range, and for an output_dir that is in the way."""
-    may_be_0 = {"refresh_every", "save_every", "weight_decay", "seed", "offload", "resume"}
+    may_be_0 = {"refresh_every", "save_every", "weight_decay", "seed"}
     at_most_1 = {"top_p", "learning_rate", "refresh_share"}
     for name, value in asdict(config).items():
         largest = 1 if name in at_most_1 else 2**32 - 1
-        if isinstance(value, str) or value == 0 and name in may_be_0 or 0 < value <= largest:
+        if isinstance(value, str | bool) or value == 0 and name in may_be_0 or 0 < value <= largest:
             continue
         raise ValueError(f"--{name} is {value}, but must be more than 0, at most {largest}")
     if config.teacher and config.refresh_every:

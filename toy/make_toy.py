@@ -56,7 +56,7 @@ TEACHER_SLIP = 0.08
 
 BATCH_SIZE = 32
 TOY_LAYERS, STEPS, LEARNING_RATE = 4, 3000, 3e-3
-TEACHER_LAYERS, TEACHER_STEPS, TEACHER_LEARNING_RATE = 6, 1500, 2e-3
+TEACHER_LAYERS, TEACHER_STEPS, TEACHER_LEARNING_RATE = 6, 1000, 2e-3
 
 # ------------------------------------------------------------------------------------------------
 # Problems and traces
@@ -259,7 +259,6 @@ def teacher_examples(
     half = len(problems) // 2
     prompts, texts = toy_examples(tokenizer, problems[:half], rng, TEACHER_SLIP)
     answers = [(answer_text(x, STYLES[style], rng), x) for x, style in problems[half:]]
-    answers.sort(key=lambda answer: len(answer[0]))  # less padding
     chats = [prompt_chat(x, "student") for _, x in answers]
     prompts += rewriting_prompts(tokenizer, chats, tokenizer([y for y, _ in answers]).input_ids)
     return prompts, texts + [rewritten(y, len(x)) for y, x in answers]
@@ -270,9 +269,10 @@ def example_batches(
     tokenizer: PreTrainedTokenizerFast,
     held_out: Collection[Digits],
     rng: random.Random,
+    padded_length: Callable[[tuple[Ids, Ids]], int],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """For ever: input_ids and labels (B, L) of new answers behind their prompts; labels are -100
-    outside of the answers. Answers of similar length share a batch, to save padding."""
+    outside of the answers. Rows of similar padded_length share a batch."""
     while True:
         styles = rng.choices(list(STYLES), k=8 * BATCH_SIZE)
         # Long sums are the hardest to learn: a level is drawn as often as it has summands.
@@ -281,7 +281,7 @@ def example_batches(
         pairs = list(zip(problems, styles, strict=True))
         prompts, texts = examples(tokenizer, pairs, rng)
         answers = tokenizer([text + tokenizer.eos_token for text in texts]).input_ids
-        rows = sorted(zip(prompts, answers, strict=True), key=lambda row: len(row[1]))
+        rows = sorted(zip(prompts, answers, strict=True), key=padded_length)
         chunks = [rows[first : first + BATCH_SIZE] for first in range(0, len(rows), BATCH_SIZE)]
         rng.shuffle(chunks)
         for chunk in chunks:
@@ -314,7 +314,10 @@ def make_teacher(
 ) -> None:
     set_seed(seed)
     model = deepened(toy, tokenizer)
-    batches = example_batches(teacher_examples, tokenizer, held_out, random.Random(seed))
+    rng = random.Random(seed)
+    batches = example_batches(
+        teacher_examples, tokenizer, held_out, rng, lambda row: len(row[0] + row[1])
+    )
     fit(model, batches, TEACHER_STEPS, TEACHER_LEARNING_RATE)
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
@@ -341,7 +344,8 @@ def main() -> None:
             texts += [prompt_chat(digits, name)[0]["content"], answer_text(digits, style, rng)]
     tokenizer = make_tokenizer(texts)
     model = make_model(tokenizer, TOY_LAYERS)
-    fit(model, example_batches(toy_examples, tokenizer, held_out, rng), STEPS, LEARNING_RATE)
+    batches = example_batches(toy_examples, tokenizer, held_out, rng, lambda row: len(row[1]))
+    fit(model, batches, STEPS, LEARNING_RATE)
     model.save_pretrained(arguments.output_dir)
     tokenizer.save_pretrained(arguments.output_dir)
     write_rows(arguments.output_dir / "train.jsonl", [{"problem": problem_text(x)} for x in train])
