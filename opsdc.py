@@ -28,14 +28,13 @@ Where they differ             the paper                  its code               
                                                          with prompt: dropped
     4. closing reminder       once in each prompt        twice in the teacher's     paper
     5. trained ids            not said                   text tokenized again       sampled ids
-    6. four problems also     not said                   trained on                 left out
-       in MATH-500
+    6. 4 MATH-500 problems    not said                   trained on                 left out
     7. dropout                not said                   not looked at              off throughout
 
-Beyond the paper: --teacher, another model of the same vocabulary; --refresh_share, an average as
-teacher; --rewrite, Mixed-Policy Distillation (arXiv 2605.08776): the teacher rewrites each rollout
-concisely, and the loss is taken on the rewrite. Only its abstract is public. Our reading are the
-request, the direction of the KL (as above), and the teacher's prompt in the loss, (x, c).
+Beyond the paper: --refresh_share, an average as teacher; --teacher, another model; --rewrite, the
+loss on rollouts as the teacher rewrites them: Mixed-Policy Distillation, arXiv 2605.08776. As only
+its abstract is public, the request to rewrite, the direction of the KL (reverse) and the teacher's
+prompt in the loss (x and c; with --instruction none, x) are our reading of it.
 
 The method ends with `train`; its support follows.
 
@@ -104,15 +103,15 @@ class Config:
     )
     teacher: str = HfArg(default="", help="another model of the same vocabulary, frozen")
     rewrite: bool = HfArg(
-        default=False, help="train on rewrites by the teacher, without --teacher by the student"
+        default=False,
+        help="MPD: train on the teacher's rewrites of the rollouts; without --teacher, on the "
+        "student's own. Request, direction of the KL and the teacher's prompt are our reading.",
     )
     refresh_every: int = HfArg(default=50, help="M, in steps; 0 freezes the teacher")
     refresh_share: float = HfArg(default=1.0, help="of the student; below 1: exponential average")
     steps: int = HfArg(default=100, help="the paper converges near 100, in an epoch of about 425")
     batch_size: int = HfArg(default=32, help="B, problems a step, one rollout each")
-    micro_batch_size: int = HfArg(
-        default=1, help="rollouts a backward pass; more: faster, in more memory"
-    )
+    micro_batch_size: int = HfArg(default=1, help="rollouts a backward pass; more is faster")
     rollout_batch_size: int = HfArg(default=32, help="rollouts generated at once; for memory")
     max_prompt_tokens: int = HfArg(default=1024, help="longer teacher prompts are left out")
     max_new_tokens: int = HfArg(default=8192, help="of a rollout; cut ones are trained on too")
@@ -284,9 +283,8 @@ class ChunkedDivergence(torch.autograd.Function):
     def forward(ctx, student_states, student_head, teacher_states, teacher_head, weights, kind):
         """States (T, H), heads (V, H), weights (T,) -> loss, and D, H(q_t), H(p_t) as (3, T)."""
         statistics = weights.new_empty(3, len(weights))
-        grad_states, grad_head = torch.empty_like(student_states), None
-        if ctx.needs_input_grad[1]:  # a frozen head needs none
-            grad_head = torch.zeros_like(student_head, dtype=torch.float32)
+        grad_states = torch.empty_like(student_states)
+        grad_head = torch.zeros_like(student_head, dtype=torch.float32)
         for start in range(0, len(weights), CHUNK):
             rows = slice(start, start + CHUNK)
             student_logits = project(student_states[rows], student_head).requires_grad_()  # (N, V)
@@ -298,8 +296,7 @@ class ChunkedDivergence(torch.autograd.Function):
             statistics[0, rows] = nats.detach()
             statistics[1:, rows] = torch.stack([-(x.exp() * x).sum(-1) for x in logps]).detach()
             grad_states[rows] = grad_logits.to(student_head.dtype) @ student_head
-            if grad_head is not None:
-                grad_head.addmm_(grad_logits.T, student_states[rows].float())
+            grad_head.addmm_(grad_logits.T, student_states[rows].float())
         ctx.save_for_backward(grad_states, grad_head)
         ctx.mark_non_differentiable(statistics)
         return statistics[0] @ weights, statistics  # Eq. (1); weight_t is 1 / |y_i| / B
@@ -308,8 +305,7 @@ class ChunkedDivergence(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, _):
         grad_states, grad_head = ctx.saved_tensors
-        if grad_head is not None:
-            grad_head = (grad_head * grad_loss).to(grad_states.dtype)
+        grad_head = (grad_head * grad_loss).to(grad_states.dtype)
         return grad_states * grad_loss, grad_head, None, None, None, None
 
 
@@ -358,24 +354,24 @@ def train(run: SimpleNamespace) -> None:
             refresh(teacher, student, config.refresh_share)  # Eq. (2)
 
         # "sample a batch of B problems": each rank takes its share, B / ranks
-        share = batch[rank::ranks]
+        student_prompts, teacher_prompts, chats = zip(*batch[rank::ranks], strict=True)
 
         # "one rollout y_i of each from the student"
         start = time.perf_counter()
         torch.manual_seed((config.seed * 100_000 + step) * 1_000 + rank)  # differs by step and rank
-        rollouts = rollout(sampler, [x for x, _, _ in share], config.rollout_batch_size)
-        completions = rewrite(run, share, rollouts) if config.rewrite else rollouts
+        rollouts = rollout(sampler, student_prompts, config.rollout_batch_size)
+        completions = rewrite(run, chats, rollouts) if config.rewrite else rollouts
         metrics["rollout_seconds"] = time.perf_counter() - start
 
         # "student and teacher logits on the same y_i", "L_i = sum_t KL(q_t || p_t)"
         start = time.perf_counter()
-        triples = [(x, x_c, y) for (x, x_c, _), y in zip(share, completions, strict=True)]
+        triples = list(zip(student_prompts, teacher_prompts, completions, strict=True))
         triples.sort(key=lambda triple: len(triple[-1]))  # less padding
-        statistics = []
+        size, statistics = len(triples), []
         for first in range(0, len(triples), config.micro_batch_size):
             part = triples[first : first + config.micro_batch_size]
-            # FSDP2 averages gradients over the ranks, so the mean over the share becomes 1/B.
-            loss, of_part = distillation_loss(student, teacher, part, config.divergence, len(share))
+            # FSDP2 averages gradients over the ranks: the mean over a rank's size becomes 1/B.
+            loss, of_part = distillation_loss(student, teacher, part, config.divergence, size)
             loss.backward()
             statistics += of_part
         teacher.reshard()  # frees the embedding and head that FSDP2 gathered for the forward pass
@@ -399,23 +395,21 @@ REWRITE = (
 )
 
 
-def rewriting_prompts(tokenizer: Tokenizer, chats: list[Chat], solutions: list[Ids]) -> list[Ids]:
-    """Chats whose last text is followed by a solution and the request to rewrite it. Where its
-    template can, the rewriter is told not to think first."""
-    texts, asking = tokenizer.batch_decode(solutions, skip_special_tokens=True), []
-    for (*turns, last), y in zip(chats, texts, strict=True):
-        asking.append([*turns, {**last, "content": REWRITE.format(x=last["content"], y=y)}])
-    return encode_chats(tokenizer, asking, enable_thinking=False)
+def rewriting_chat(chat: Chat, solution: str) -> Chat:
+    """The chat, its last text followed by a solution and by the request to rewrite it."""
+    text = REWRITE.format(x=chat[-1]["content"], y=solution)
+    return [*chat[:-1], {**chat[-1], "content": text}]
 
 
-def rewrite(run: SimpleNamespace, share: list, rollouts: list[Ids]) -> list[Ids]:
-    """The rollouts as rewritten by the teacher, or by the sampler if there is no --teacher. A
-    rollout stays as it is if its rewrite is empty or not shorter, as one cut at the limit is."""
-    prompts = rewriting_prompts(run.tokenizer, [chat for _, _, chat in share], rollouts)
+def rewrite(run: SimpleNamespace, chats: list[Chat], rollouts: list[Ids]) -> list[Ids]:
+    """Rewrites by the teacher, or by the sampler without --teacher; told not to think first, where
+    the template can. A rollout stays if its rewrite is empty or no shorter (so also if cut)."""
+    decode = partial(run.tokenizer.batch_decode, skip_special_tokens=True)
+    asking = [rewriting_chat(*pair) for pair in zip(chats, decode(rollouts), strict=True)]
+    prompts = encode_chats(run.tokenizer, asking, enable_thinking=False)
     rewrites = rollout(run.rewriter, prompts, run.config.rollout_batch_size)
-    texts = run.tokenizer.batch_decode(rewrites, skip_special_tokens=True)
-    rows = zip(rollouts, rewrites, texts, strict=True)
-    return [new if text.strip() and len(new) < len(old) else old for old, new, text in rows]
+    rows = zip(rollouts, rewrites, decode(rewrites), strict=True)
+    return [z if text.strip() and len(z) < len(y) else y for y, z, text in rows]
 
 
 # ---- Support: models -----------------------------------------------------------------------------

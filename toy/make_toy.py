@@ -39,7 +39,7 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from opsdc import Chat, Ids, encode_chats, prompt_pair, rewriting_prompts  # noqa: E402
+from opsdc import Chat, Ids, encode_chats, prompt_pair, rewriting_chat  # noqa: E402
 
 Digits = tuple[int, ...]  # the summands of a problem
 
@@ -259,9 +259,10 @@ def teacher_examples(
     half = len(problems) // 2
     prompts, texts = toy_examples(tokenizer, problems[:half], rng, TEACHER_SLIP)
     answers = [(answer_text(x, STYLES[style], rng), x) for x, style in problems[half:]]
-    chats = [prompt_chat(x, "student") for _, x in answers]
-    prompts += rewriting_prompts(tokenizer, chats, tokenizer([y for y, _ in answers]).input_ids)
-    return prompts, texts + [rewritten(y, len(x)) for y, x in answers]
+    chats = [rewriting_chat(prompt_chat(x, "student"), y) for y, x in answers]
+    return prompts + encode_chats(tokenizer, chats), texts + [
+        rewritten(y, len(x)) for y, x in answers
+    ]
 
 
 def example_batches(
