@@ -74,8 +74,9 @@ TABLES = {
     ],
 }
 OPTIONS = {name: options for rows in TABLES.values() for name, options, _ in rows}
-AS_THEY_ARE = {name: options.split() for name, options in OPTIONS.items() if options[:3] == "toy"}
-BASE = [name for name, (model, _) in AS_THEY_ARE.items() if model == "toy"]
+ASKED = {name: tuple(o.split()) for name, o in OPTIONS.items() if o.startswith("toy")}  # untrained
+PERCENT = ["reduced, %", "accuracy, %", "cut, %"]
+COLUMNS = ["tokens", *PERCENT]
 
 
 class Study:
@@ -87,15 +88,16 @@ class Study:
         self.seeds, self.thin, self.jobs = range(1 if quick else 3), 3 if quick else 1, jobs
         self.steps, last, every = (20, 40, 20) if quick else (60, 240, 30)
         self.points = range(every, last + 1, every)  # steps of the long run that are evaluated
-        self.long_flags = f"--steps={last} --save_every={every}"
+        self.flags = {n: f"--steps={self.steps} {o}" for n, o in OPTIONS.items() if n not in ASKED}
+        self.flags["long"] = f"--steps={last} --save_every={every}"
 
-    def path(self, name: str, seed: int) -> Path:
+    def path(self, name: str, seed: int) -> str:
         if name.startswith("step "):  # a checkpoint of the long run
             last = name == f"step {self.points[-1]}"
-            return self.path("long", seed) / ("" if last else name.replace(" ", "-"))
-        return self.directory / f"{name.replace(' ', '-').replace('=', '')}-{seed}"
+            return self.path("long", seed) + ("" if last else f"/{name.replace(' ', '-')}")
+        return f"{self.directory}/{name.replace(' ', '-').replace('=', '')}-{seed}"
 
-    def run(self, script: str, arguments: list[str], output_dir: Path, finished: str) -> None:
+    def run(self, script: str, arguments: list[str], output_dir: str, finished: str) -> None:
         """Runs a program unless it has finished before. Raises SystemExit if it fails."""
         if (ROOT / output_dir / finished).exists():
             return
@@ -105,29 +107,25 @@ class Study:
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
 
-    def train(self, name: str, seed: int, flags: str) -> None:
-        arguments = ["@toy/args", f"--seed={seed}", "--resume", *flags.split()]
+    def train(self, seed: int, name: str) -> None:
+        arguments = ["@toy/args", f"--seed={seed}", "--resume", *self.flags[name].split()]
         self.run("opsdc.py", arguments, self.path(name, seed), "tokenizer_config.json")
 
-    def evaluate(self, seed: int) -> list[dict]:
-        """A row for each candidate: seed, name, and the figures that tables and pictures need."""
+    def evaluate(self, seed: int) -> pd.DataFrame:
+        """A row for each candidate and level: seed, name, level, and the columns of the tables."""
         names = [*OPTIONS, *(f"step {step}" for step in self.points)]
-        pairs = [AS_THEY_ARE.get(n, (str(self.path(n, seed)), "student")) for n in names]
-        models, prompts = zip(*pairs, strict=True)
+        candidates = [ASKED.get(name, (self.path(name, seed), "student")) for name in names]
+        models, prompts = zip(*candidates, strict=True)
         arguments = [*models, "--prompt", *prompts, f"--data={self.directory}/test.jsonl"]
         arguments += f"--samples=1 --max_new_tokens=256 --batch_size=300 --seed={seed}".split()
-        output_dir = self.directory / f"eval-{seed}"
+        output_dir = f"{self.directory}/eval-{seed}"
         self.run("eval.py", arguments, output_dir, "summary.json")
-        rows = json.loads((ROOT / output_dir / "summary.json").read_text())
-        found = {name: {"seed": seed, "name": name} for name in names}
-        name_of = dict(zip(map(tuple, pairs), names, strict=True))
-        for row in rows:
-            part = "" if row["level"] == "all" else f"level {row['level']}: "
-            figures = found[name_of[row["model"], row["prompt"]]]
-            figures[f"{part}tokens"], figures[f"{part}cut, %"] = row["tokens"], 100 * row["cut"]
-            figures[f"{part}reduced, %"] = 100 * row["reduction"]
-            figures[f"{part}accuracy, %"] = 100 * row["final"]
-        return list(found.values())
+        rows = pd.DataFrame(json.loads((ROOT / output_dir / "summary.json").read_text()))
+        name_of = dict(zip(candidates, names, strict=True))
+        found = rows[["level", "tokens"]].assign(seed=seed)
+        found["name"] = [name_of[pair] for pair in zip(rows.model, rows.prompt, strict=True)]
+        found[PERCENT] = 100 * rows[["reduction", "final", "cut"]]
+        return found
 
     def in_parallel(self, function: Callable, items: list[tuple], unit: str) -> list:
         with ThreadPoolExecutor(self.jobs) as pool:
@@ -141,29 +139,24 @@ class Study:
 # ---- Tables --------------------------------------------------------------------------------------
 
 
-def markdown(rows: list[list[str]]) -> list[str]:
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return [f"| {' | '.join(cells)} |" for cells in rows] + [""]
+def markdown(heading: str, table: pd.DataFrame) -> str:
+    rows = [["", *table.columns], ["---"] * (1 + len(table.columns))]
+    rows += [[name, *cells] for name, cells in zip(table.index, table.values, strict=True)]
+    return f"### {heading}\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
 def tables(found: pd.DataFrame, study: Study) -> list[str]:
     """Mean and standard deviation over the seeds."""
-    columns, lines = ["tokens", "reduced, %", "accuracy, %", "cut, %"], []
-    means, deviations = found.groupby(level=0).mean(), found.groupby(level=0).std()
+    groups, lines = found[found.level == "all"].groupby("name")[COLUMNS], []
+    texts = groups.mean().map("{:.1f}".format) + groups.std().map(" ± {:.1f}".format)
     long_run = [(f"step {step}", "", "") for step in study.points]
     for heading, rows in (TABLES | {"A long run, M = 15": long_run}).items():
-        cells = [["", *columns, "the paper"]]
-        for name, _, paper in rows:
-            texts = means.loc[name, columns].map("{:.1f}".format)
-            if len(study.seeds) > 1:
-                texts += deviations.loc[name, columns].map(" ± {:.1f}".format)
-            cells.append([name, *texts, paper])
-        lines += [f"### {heading}", "", *markdown(cells)]
-    levels = [c for c in found if c.startswith("level") and ("red" in c or "acc" in c)]
-    cells = [["", *levels]]
-    for name in [*BASE, MAIN, "trained v2"]:
-        cells.append([name, *means.loc[name, levels].map("{:.1f}".format)])
-    return [*lines, "### Main result by level", "", *markdown(cells)]
+        names, _, paper = zip(*rows, strict=True)
+        lines.append(markdown(heading, texts.loc[list(names)].assign(**{"the paper": paper})))
+    levels = found[found.level != "all"].pivot_table(PERCENT[:2], "name", "level")
+    levels.columns = [f"level {level}: {column}" for column, level in levels.columns]
+    levels = levels.loc[["base", "prompt v1", "prompt v2", MAIN, "trained v2"]]
+    return [*lines, markdown("Main result by level", levels.map("{:.1f}".format))]
 
 
 # ---- Pictures: opaque and light, to read on a page of either colour ------------------------------
@@ -224,12 +217,11 @@ def draw_curves(study: Study, file: Path) -> None:
 def draw_trade(found: pd.DataFrame, study: Study, file: Path) -> None:
     """Compression and accuracy of the long run by its steps: each seed, and the mean."""
     figure, axes = plt.subplots(figsize=(5.5, 4))
-    columns = ["reduced, %", "accuracy, %"]
-    means, steps = found.groupby(level=0)[columns].mean(), [f"step {n}" for n in study.points]
-    for seed in study.seeds:
-        one = found[found.seed == seed].loc[steps]
-        axes.plot(*(one[column] for column in columns), color=BLUE, alpha=0.35, linewidth=1)
-    axes.plot(*(means.loc[steps, column] for column in columns), "o-", color=BLUE, markersize=4)
+    steps, found = [f"step {n}" for n in study.points], found[found.level == "all"]
+    means = found.groupby("name")[PERCENT[:2]].mean()
+    for _, one in found.set_index("name").groupby("seed"):
+        axes.plot(*one.loc[steps, PERCENT[:2]].values.T, color=BLUE, alpha=0.35, linewidth=1)
+    axes.plot(*means.loc[steps].values.T, "o-", color=BLUE, markersize=4)
     for name in steps[1::2]:  # all would overlap
         axes.annotate(name, means.loc[name], (3, 3), textcoords="offset points", size=6)
     axes.axhline(means.loc["base", "accuracy, %"], color=GREY, linewidth=0.8, linestyle="--")
@@ -243,18 +235,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smaller study")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
     study = Study(**vars(parser.parse_args()))
-    runs = [("long", seed, study.long_flags) for seed in study.seeds]
-    runs += [
-        (name, seed, f"--steps={study.steps} {OPTIONS[name]}")
-        for seed in study.seeds
-        for name in OPTIONS.keys() - AS_THEY_ARE
-    ]
+    runs = [(seed, name) for name in ["long", *study.flags] for seed in study.seeds]
     study.in_parallel(study.train, runs, "training runs")
     problems = (ROOT / "toy/test.jsonl").read_text().splitlines(keepends=True)[:: study.thin]
     (ROOT / study.directory / "test.jsonl").write_text("".join(problems))
-    rows = sum(study.in_parallel(study.evaluate, [(s,) for s in study.seeds], "evaluations"), [])
-    found = pd.DataFrame(rows).set_index("name")
-    (study.output / "study.json").write_text(json.dumps(rows, indent=1) + "\n")
+    evaluated = study.in_parallel(study.evaluate, [(s,) for s in study.seeds], "evaluations")
+    found = pd.concat(evaluated, ignore_index=True)
+    found.to_json(study.output / "study.json", "records", indent=1)
     draw_rollout(study, study.output / "rollout.png")
     draw_curves(study, study.output / "curves.png")
     draw_trade(found, study, study.output / "trade.png")
