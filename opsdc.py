@@ -532,8 +532,8 @@ def finish_step(
     cut = [y[-1] not in run.sampler.generation_config.eos_token_id for y in rollouts]
     sums = [sum(cut), sum(map(len, rollouts)), sum(map(len, completions))]
     means = torch.stack([of_tokens.mean(1) for of_tokens in statistics]).mean(0).tolist()
-    shares = [total / len(cut) for total in sums]
-    values = torch.tensor([*means, *shares, len(run.signals)], dtype=torch.float64)
+    values = [*means, *(total / len(cut) for total in sums), len(run.signals)]
+    values = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(values)
     *values, signals = (values / dist.get_world_size()).tolist()
     names = "loss student_entropy teacher_entropy truncated completion_tokens trained_tokens"
@@ -750,12 +750,13 @@ def prepare(config: Config) -> SimpleNamespace:
 
     # student: fp32 weights, a part on each rank; teacher: the same, without gradients.
     run.student = shard(load_model(config.model, "auto", "cpu"), config.offload)
-    teacher = load_model(config.teacher or config.model, "auto", "cpu").requires_grad_(False)
+    source = config.teacher or config.model
+    teacher = load_model(source, "auto", "cpu").requires_grad_(False)
     run.teacher = shard(teacher, config.offload)  # theta_bar <- theta
-    with reading(config.teacher or config.model):
-        vocabulary = AutoTokenizer.from_pretrained(teacher.name_or_path).get_vocab()
-        sizes = [len(scorer.head) for scorer in (run.student, run.teacher)]
-        if vocabulary != run.tokenizer.get_vocab() or sizes[0] != sizes[1]:
+    with reading(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        same = len(run.student.head) == len(run.teacher.head)
+        if not same or run.tokenizer.get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"its vocabulary is not that of {config.model}")
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
     run.optimizer = torch.optim.AdamW(run.student.parameters(), **options)
