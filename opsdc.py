@@ -30,11 +30,12 @@ Where they differ             the paper                  its code               
     5. trained ids            not said                   text tokenized again       sampled ids
     6. 4 MATH-500 problems    not said                   trained on                 left out
     7. dropout                not said                   not looked at              off throughout
+    8. problems               about 13,600               not looked at              all of 17,398
 
 Beyond the paper: --refresh_share, an average as teacher; --teacher, another model; --rewrite, the
-loss on rollouts as the teacher rewrites them: Mixed-Policy Distillation, arXiv 2605.08776. As only
-its abstract is public, the request to rewrite, the direction of the KL (reverse) and the teacher's
-prompt in the loss (x and c; with --instruction none, x) are our reading of it.
+loss on rewritten rollouts: Mixed-Policy Distillation, arXiv 2605.08776. Only its abstract is
+public. The request to rewrite, the direction of the KL (reverse) and the teacher's prompt in the
+loss (x and c; with --instruction none, x) are our reading of it.
 
 The method ends with `train`; its support follows.
 
@@ -104,16 +105,16 @@ class Config:
     teacher: str = HfArg(default="", help="another model of the same vocabulary, frozen")
     rewrite: bool = HfArg(
         default=False,
-        help="MPD: train on the teacher's rewrites of the rollouts; without --teacher, on the "
-        "student's own. Request, direction of the KL and the teacher's prompt are our reading.",
+        help="MPD: train on rewrites of the rollouts by --teacher or else by the student. Request, "
+        "direction of the KL and the teacher's prompt in the loss are our reading",
     )
     refresh_every: int = HfArg(default=50, help="M, in steps; 0 freezes the teacher")
-    refresh_share: float = HfArg(default=1.0, help="of the student; below 1: exponential average")
+    refresh_share: float = HfArg(default=1.0, help="the student's share in a refresh; 1: a copy")
     steps: int = HfArg(default=100, help="the paper converges near 100, in an epoch of about 425")
     batch_size: int = HfArg(default=32, help="B, problems a step, one rollout each")
     micro_batch_size: int = HfArg(default=1, help="rollouts a backward pass; more is faster")
     rollout_batch_size: int = HfArg(default=32, help="rollouts generated at once; for memory")
-    max_prompt_tokens: int = HfArg(default=1024, help="longer teacher prompts are left out")
+    max_prompt_tokens: int = HfArg(default=1024, help="problems with a longer one are left out")
     max_new_tokens: int = HfArg(default=8192, help="of a rollout; cut ones are trained on too")
     temperature: float = HfArg(default=1.0, help="of the rollout; the loss is always at 1")
     top_p: float = HfArg(default=1.0, help="of the rollout; 1 is the whole distribution")
@@ -162,8 +163,8 @@ def prompt_pair(chat: Chat, instruction: str, style: str = "paper") -> tuple[Cha
         (x, c)    Solve the following math problem concisely and correctly. Be direct: avoid ...
                   The last line of your response ... What is 1 + 1? ...
     Style `paper` reads the last turn only; `plain` keeps all turns, with c before the last text.
-    Without c (the instruction `none`), both get x. Raises ValueError for another word than these,
-    v1, v2 and percent:P (P: 1 to 99).
+    With the instruction `none` the teacher gets x too. Raises ValueError for any other single word
+    but v1, v2 and percent:P (P: 1 to 99).
     """
     c, task = INSTRUCTIONS.get(instruction, instruction), f"{TASK} " if style == "paper" else ""
     if len(c.split()) < 2 and c != "none":
@@ -281,7 +282,7 @@ class ChunkedDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student_states, student_head, teacher_states, teacher_head, weights, kind):
-        """States (T, H), heads (V, H), weights (T,) -> loss, and D, H(q_t), H(p_t) as (3, T)."""
+        """States (T, H), heads (V, H), weights (T,) -> loss; D and both entropies as (3, T)."""
         statistics = weights.new_empty(3, len(weights))
         grad_states = torch.empty_like(student_states)
         grad_head = torch.zeros_like(student_head, dtype=torch.float32)
@@ -299,7 +300,7 @@ class ChunkedDivergence(torch.autograd.Function):
             grad_head.addmm_(grad_logits.T, student_states[rows].float())
         ctx.save_for_backward(grad_states, grad_head)
         ctx.mark_non_differentiable(statistics)
-        return statistics[0] @ weights, statistics  # Eq. (1); weight_t is 1 / |y_i| / B
+        return statistics[0] @ weights, statistics  # Eq. (1); weight_t is 1 / |y_i| / batch_size
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -370,11 +371,11 @@ def train(run: SimpleNamespace) -> None:
         size, statistics = len(triples), []
         for first in range(0, len(triples), config.micro_batch_size):
             part = triples[first : first + config.micro_batch_size]
-            # FSDP2 averages gradients over the ranks: the mean over a rank's size becomes 1/B.
+            # size is B / ranks, and FSDP2 averages gradients over the ranks: together 1 / B.
             loss, of_part = distillation_loss(student, teacher, part, config.divergence, size)
             loss.backward()
             statistics += of_part
-        teacher.reshard()  # frees the embedding and head that FSDP2 gathered for the forward pass
+        teacher.reshard()  # frees its embedding and head; a backward pass frees the student's
 
         # "one step on (1/B) sum_i L_i"
         metrics["grad_norm"] = clip_gradients(student, config.max_grad_norm)
@@ -402,8 +403,8 @@ def rewriting_chat(chat: Chat, solution: str) -> Chat:
 
 
 def rewrite(run: SimpleNamespace, chats: list[Chat], rollouts: list[Ids]) -> list[Ids]:
-    """Rewrites by the teacher, or by the sampler without --teacher; told not to think first, where
-    the template can. A rollout stays if its rewrite is empty or no shorter (so also if cut)."""
+    """Rewrites by --teacher, or else by the sampler; thinking is off if the template can switch it.
+    A rollout stays as it is if its rewrite is empty or no shorter; one cut at the limit is not."""
     decode = partial(run.tokenizer.batch_decode, skip_special_tokens=True)
     asking = [rewriting_chat(*pair) for pair in zip(chats, decode(rollouts), strict=True)]
     prompts = encode_chats(run.tokenizer, asking, enable_thinking=False)
@@ -435,10 +436,10 @@ def load_model(name: str, dtype: torch.dtype | str = DTYPE, device: Any = DEVICE
 
 
 def sampling_settings(model: Model, prompts: list[Ids], room: int, **sampling) -> GenerationConfig:
-    """Settings for generate(): `sampling`, at most `room` new tokens, the model's own stop ids.
-    They must replace model.generation_config, which fills in what generate() is not told (Qwen3
-    ships top-p 0.95 and top-k 20). Raises ValueError for ids that are no tokens of the model, and
-    for prompts that leave too little room."""
+    """Settings for generate(): `sampling`, the model's own stop ids, and `room` new tokens unless
+    `sampling` says fewer. They must replace model.generation_config, which fills in what generate()
+    is not told (Qwen3 ships top-p 0.95 and top-k 20). Raises ValueError for ids that are no tokens
+    of the model, and for prompts without `room` positions behind them."""
     name, options = model.name_or_path, model.config.get_text_config()
     shipped = model.generation_config.eos_token_id  # one id or several
     stop_ids = [] if shipped is None else torch.tensor(shipped).view(-1).tolist()
@@ -449,15 +450,16 @@ def sampling_settings(model: Model, prompts: list[Ids], room: int, **sampling) -
     longest, most = max(map(len, prompts)) + room, getattr(options, "max_position_embeddings", None)
     if longest > (most or longest):
         raise ValueError(f"prompt + --max_new_tokens is {longest}, but {name} has {most} positions")
-    sampling |= {"max_new_tokens": room, "eos_token_id": stop_ids, "pad_token_id": stop_ids[0]}
+    sampling = {"max_new_tokens": room, "pad_token_id": stop_ids[0]} | sampling
     # A broken model may sample: its gradient will end the run with a clear message.
-    return GenerationConfig(do_sample=True, remove_invalid_values=True, **sampling)
+    sampling |= {"do_sample": True, "remove_invalid_values": True}
+    return GenerationConfig(eos_token_id=stop_ids, **sampling)
 
 
 def shard(model: Model, offload: bool) -> Scorer:
     """FSDP2: fp32 weights in equal parts on all ranks; a layer is gathered in DTYPE when it runs,
     and its activations are computed again in the backward pass. The optimizer works in fp32: at a
-    learning rate of 1e-6, next to no bf16 weight would move."""
+    learning rate of 1e-6, few bf16 weights would change."""
     scorer, names = Scorer(model), model._no_split_modules or ()  # classes of decoder layers
     layers = [module for module in model.modules() if type(module).__name__ in names]
     for layer in layers:
@@ -664,7 +666,7 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> list[tuple[Ids, Ids, C
 
 
 def batches(items: list, batch_size: int, seed: int) -> Iterator[list]:
-    """Endless batches: every epoch in a new order, without the rest that fills no batch."""
+    """Endless batches: every epoch in a new order, without an incomplete last batch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(items), generator=generator).tolist()
@@ -693,7 +695,7 @@ def start_ranks() -> None:
 
 
 def check_options(config: Config) -> None:
-    """Raises ValueError for an option out of range, and for an output_dir that is in the way."""
+    """Raises ValueError for an option out of range, and for an output_dir that is not empty."""
     may_be_0 = {"refresh_every", "save_every", "weight_decay", "seed"}
     at_most_1 = {"top_p", "learning_rate", "refresh_share"}
     for name, value in asdict(config).items():
@@ -740,7 +742,7 @@ def claim_output(run: SimpleNamespace) -> None:
 
 
 def prepare(config: Config) -> SimpleNamespace:
-    """Loads what `train` needs. What can be refused is refused here, before anything is written."""
+    """Loads what `train` needs. Bad input is refused here, before anything is written."""
     start_ranks()
     check_options(config)
     run = SimpleNamespace(config=config, output_dir=Path(config.output_dir).expanduser())
@@ -766,12 +768,11 @@ def prepare(config: Config) -> SimpleNamespace:
     if config.rewrite and config.teacher:
         run.rewriter = load_model(config.teacher)
     sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    sampling["max_new_tokens"] = config.max_new_tokens
     prompts = [ids for x, x_c, _ in run.prompts for ids in (x, x_c)]
-    room = config.max_new_tokens * (1 + config.rewrite)  # a rewrite comes behind a rollout
-    for model in (run.sampler, run.rewriter, run.teacher.model):
-        settings = sampling_settings(model, prompts, room, **sampling)
-        settings.max_new_tokens = config.max_new_tokens
-        model.generation_config = settings
+    room = config.max_new_tokens * (1 + config.rewrite)  # a rewrite stands behind a rollout
+    for model in (run.sampler, run.rewriter, run.teacher.model):  # the last one only to be checked
+        model.generation_config = sampling_settings(model, prompts, room, **sampling)
     dist.barrier()  # all ranks have passed all checks
     if dist.get_rank() == 0:
         claim_output(run)
