@@ -46,8 +46,7 @@ TABLES = {
         (MAIN, "", ""),
         ("M = 50", "--refresh_every=50", "stable, as 30"),
         ("frozen", "--refresh_every=0", "least: -18%, accurate"),
-        ("average 0.1", "--refresh_share=0.1 --refresh_every=1", "not in the paper"),
-        ("average 0.02", "--refresh_share=0.02 --refresh_every=1", "not in the paper"),
+        ("average", "--refresh_share=0.1 --refresh_every=1", "not in the paper"),
     ],
     "Divergence (trained v1: reverse KL)": [
         (MAIN, "", "95.7%, 3,339 tokens (v2)"),
@@ -56,11 +55,9 @@ TABLES = {
     ],
     "Limit of the rollouts (trained v1: 256 tokens; the base model's mean is 67)": [
         ("limit 17", "--max_new_tokens=17", "(1K: -29.8%)"),
-        ("limit 67", "--max_new_tokens=67", "(8K: best)"),
-        (MAIN, "", "(30K: no better)"),
+        (MAIN, "", "(8K: best; 30K: no better)"),
     ],
     "Temperature of the rollouts (trained v1: 1)": [
-        ("temperature 0.6", "--temperature=0.6", "nearly flat"),
         (MAIN, "", "nearly flat"),
         ("temperature 1.5", "--temperature=1.5", "nearly flat"),
     ],
