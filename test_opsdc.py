@@ -123,7 +123,7 @@ def tiny(tmp_path_factory):
     model.generation_config = GenerationConfig(eos_token_id=STOPS, **shipped)
     model.save_pretrained(path)
     TOKENIZER.save_pretrained(path)
-    write_rows(path / "data.jsonl", [{"problem": problem, "answer": 1} for problem in PROBLEMS])
+    write_rows(path / "data.jsonl", [{"question": q, "answer": "#### 1"} for q in PROBLEMS])
     return path
 
 
@@ -260,6 +260,7 @@ def test_prompts_are_the_papers(instruction):
     pair = user(plain), user(f"{c}\n\n{FORMAT}\n\n{problem}\n\n{REMEMBER}")
     assert opsdc.prompt_pair(user(problem), instruction) == pair
     assert opsdc.prompt_pair(user(plain), instruction) == pair  # as DAPO-Math has it
+    assert opsdc.prompt_pair(user(problem), "none") == (pair[0], pair[0])
     chat = [{"role": "system", "content": "Be kind."}, *user("Hi"), {"role": "assistant"}]
     x, x_c = opsdc.prompt_pair([*chat, *user(problem)], instruction, "plain")
     assert x == [*chat, *user(problem)] and x_c == [*chat, *user(f"{c}\n\n{problem}")]
@@ -495,12 +496,9 @@ OPTIONS |= {"max_grad_norm": 1e-5, "max_prompt_tokens": 100}
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 0, "max_new_tokens": 5, "do_sample": True}
 
 
-@pytest.fixture(scope="module")
-def recorded(tiny, tmp_path_factory):
-    """A run in which no option has its default, and a step with another seed: the directory of the
-    first, what each of its calls of `rollout` got and gave, and the call of the second."""
-    assert all(value != getattr(opsdc.Config(), name) for name, value in OPTIONS.items())
-    calls, rollout, directory = [], opsdc.rollout, tmp_path_factory.mktemp("recorded")
+def record(options):
+    """Runs the command line; returns what each call of `rollout` got and gave."""
+    calls, rollout = [], opsdc.rollout
 
     def recorder(model, prompts, batch_size):
         asked = SimpleNamespace(prompts=prompts, batch_size=batch_size, seed=torch.initial_seed())
@@ -510,15 +508,22 @@ def recorded(tiny, tmp_path_factory):
         calls.append(asked)
         return asked.completions
 
-    places = {"model": tiny, "data": tiny / "data.jsonl", "output_dir": directory / "run"}
-    options = OPTIONS | places
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(opsdc, "rollout", recorder)
-        for changes in ({}, {"seed": 8, "steps": 1, "output_dir": directory / "other"}):
-            run = [f"--{name}={value}" for name, value in (options | changes).items()]
-            code, _, err = call(opsdc, *run)
-            assert code == 0, err
-    return options["output_dir"], calls[:-1], calls[-1]
+        code, _, err = call(opsdc, *(f"--{name}={value}" for name, value in options.items()))
+        assert code == 0, err
+    return calls
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny, tmp_path_factory):
+    """A run in which no option has its default, and a step with another seed: the directory of the
+    first, its calls of `rollout`, and the call of the second."""
+    assert all(value != getattr(opsdc.Config(), name) for name, value in OPTIONS.items())
+    run, other = (tmp_path_factory.mktemp("recorded") / name for name in ("run", "other"))
+    places = {"model": tiny, "data": tiny / "data.jsonl", "output_dir": run}
+    calls = record(OPTIONS | places)
+    return run, calls, *record(OPTIONS | places | {"seed": 8, "steps": 1, "output_dir": other})
 
 
 def test_a_run_is_algorithm_1_on_full_logits(tiny, recorded):
@@ -649,6 +654,93 @@ def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_p
         assert len(read_rows(disturbed / "metrics.jsonl")) == rows
         kept = steps
     close(outcome(disturbed), outcome(whole), atol=0, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def other(tiny, tmp_path_factory):
+    """Another, larger model with the tiny one's tokenizer, which stops sooner."""
+    path = shutil.copytree(tiny, tmp_path_factory.mktemp("models") / "other")
+    model = tiny_model(vocab_size=821, seed=1, hidden_size=48, initializer_range=0.15)
+    model.generation_config = GenerationConfig(eos_token_id=[*range(400)])
+    model.save_pretrained(path)
+    return path
+
+
+def test_the_loss_is_taken_on_what_the_teacher_makes_of_the_rollouts(tiny, other, tmp_path):
+    """The teacher reads problem, trajectory and request; the log is by the book on what counts."""
+    flags = {"teacher": other, "rewrite": True, "refresh_every": 0, "steps": 1, "top_p": 1}
+    flags |= {"divergence": "reverse_kl", "batch_size": 8, "max_new_tokens": 12}
+    places = {"model": tiny, "data": tiny / "data.jsonl", "output_dir": tmp_path / "run"}
+    sampled, rewritten = record(OPTIONS | flags | places)
+    student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (tiny, other))
+    close(sampled.weights, dict(student.state_dict()))
+    close(rewritten.weights, dict(teacher.state_dict()))
+    assert rewritten.settings.items() >= (SAMPLING | {"max_new_tokens": 12, "top_p": 1.0}).items()
+    opening, closing = TURN.split("{}")
+    texts = TOKENIZER.batch_decode(sampled.prompts)
+    problems = [p for text in texts for p in PROBLEMS if text == TURN.format(p)]
+    solutions = TOKENIZER.batch_decode(sampled.completions, skip_special_tokens=True)
+    for prompt, *parts in zip(rewritten.prompts, problems, solutions, strict=True):
+        text = TOKENIZER.decode(prompt)
+        assert text.startswith(opening + "\n\nHere is a solution:\n\n".join(parts) + "\n\n")
+        assert "concisely" in text and "every step" in text and text.endswith(closing)
+    pairs = zip(sampled.completions, rewritten.completions, strict=True)
+    trained = [min(pair, key=len) for pair in pairs]  # the first, if both are as long
+    assert trained not in (sampled.completions, rewritten.completions)
+    starts = "", "Answer in a word.\n\n"
+    sides = [[TOKENIZER(TURN.format(c + p))["input_ids"] for p in problems] for c in starts]
+    means = by_the_book(student, teacher, list(zip(*sides, trained, strict=True)), "reverse_kl")
+    (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
+    close(row["loss"], means[0].item())
+    assert row["completion_tokens"] == sum(map(len, sampled.completions)) / 8
+    assert row["trained_tokens"] == sum(map(len, trained)) / 8 < row["completion_tokens"]
+
+
+def test_a_rewrite_that_is_empty_cut_or_no_shorter_leaves_the_rollout(monkeypatch):
+    tokenizer, end, space = AutoTokenizer.from_pretrained(TOY), 2, TOKENIZER(" ")["input_ids"][0]
+    silent = "{% if enable_thinking is defined and not enable_thinking %}silent{% endif %}"
+    tokenizer.chat_template = TOKENIZER.chat_template + silent
+    old, prompts = [[70, 71, 72, end]] * 6, []
+    new = [[70, end], [end], [space, end], old[0], [70, 71, 72, 73, 74], [70, 71, 73]]
+    monkeypatch.setattr(opsdc, "rollout", lambda _, asked, __: prompts.extend(asked) or new)
+    run = SimpleNamespace(tokenizer=tokenizer, rewriter=None, config=opsdc.Config())
+    assert opsdc.rewrite(run, [user("Why?")] * 6, old) == [new[0], *old[1:5], new[5]]
+    assert all(tokenizer.decode(prompt).endswith("silent") for prompt in prompts)  # not to think
+
+
+def test_equal_models_with_equal_prompts_have_nothing_to_learn(tiny, small_run, tmp_path):
+    flags = [f"--teacher={tiny}", "--instruction=none", "--refresh_every=0", "--steps=1"]
+    assert call(opsdc, *small_run, *flags, f"--output_dir={tmp_path}/run")[0] == 0
+    (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert abs(row["loss"]) < 1e-7 and row["grad_norm"] < 1e-5
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(small_run, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TOY)
+    for name, size in (("large", 900), ("words", 821)):  # ids without a token, a token without one
+        tiny_model(vocab_size=size).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        tokenizer.add_tokens(["another"])
+        run = [*small_run, f"--teacher={tmp_path}/{name}", "--refresh_every=0"]
+        said = f"{name} can't be used: its vocabulary is not"
+        refused(opsdc, [*run, f"--output_dir={tmp_path}/run"], said, tmp_path)
+
+
+LARGER = "--teacher={other} --refresh_every=0 "
+AVERAGE = "--refresh_share=0.3 --refresh_every=1 --rewrite"  # by itself
+
+
+@pytest.mark.parametrize("flags", [LARGER + "--instruction=none", LARGER + "--rewrite", AVERAGE])
+def test_each_holds_on_two_ranks_and_after_a_kill(flags, other, small_run, tmp_path):
+    run = [*small_run, *flags.format(other=other).split(), "--steps=4", "--top_p=1e-6"]  # greedy
+    whole, killed, two = (tmp_path / name for name in ("whole", "killed", "two"))
+    assert start(opsdc, *run, f"--output_dir={whole}")[0] == 0
+    resume = [*run, f"--output_dir={killed}", "--resume"]
+    assert start(opsdc, *resume, accidents=[("opsdc.clip_gradients", 4, KILL)])[0] == -9
+    assert start(opsdc, *resume)[0] == 0
+    close(outcome(killed), outcome(whole), atol=0, rtol=0)
+    assert start(opsdc, *run, f"--output_dir={two}", ranks=2)[0] == 0
+    close(outcome(two), outcome(whole))
 
 
 def test_only_an_unfinished_run_of_its_kind_is_resumed(monkeypatch, small_run, tiny, tmp_path):
@@ -809,7 +901,7 @@ def test_hostile_responses_are_wrong_and_harm_no_other(grade):
     assert mixed["final"] and not mixed["answer_only"] and mixed["errors"]
 
 
-SUMS = [{"problem": f"What is the last digit of {i} + 3?", "answer": i + 3} for i in range(6)]
+GSM8K = [{"question": f"{i} + 3?", "answer": f"Up.\n#### {i + 3}"} for i in range(6)]  # its form
 
 
 @pytest.fixture
@@ -818,9 +910,8 @@ def asked(monkeypatch):
     calls = []
 
     def rollout(model, prompts, batch_size):
-        calls.append(
-            (torch.initial_seed(), model.generation_config, TOKENIZER.batch_decode(prompts))
-        )
+        texts = TOKENIZER.batch_decode(prompts)
+        calls.append((torch.initial_seed(), model.generation_config, texts))
         return [TOKENIZER("Answer: 5<|im_end|>")["input_ids"]] * len(prompts)
 
     monkeypatch.setattr(opsdc, "rollout", rollout)
@@ -828,7 +919,7 @@ def asked(monkeypatch):
 
 
 def test_settings_reach_the_rollouts(asked, monkeypatch, tmp_path):
-    data, plain = write_rows(tmp_path / "sums.jsonl", SUMS), tmp_path / "plain"
+    data, plain = write_rows(tmp_path / "sums.jsonl", GSM8K), tmp_path / "plain"
     shutil.copytree(TOY, plain)
     change(plain / "run.json", '{"config": {"prompt": "plain"}}')
     change(plain / "chat_template.jinja", TOKENIZER.chat_template + "<think>\n")  # to be closed
@@ -847,7 +938,7 @@ def test_settings_reach_the_rollouts(asked, monkeypatch, tmp_path):
     for _, config, texts in asked:
         assert (config.temperature, config.top_p, config.top_k) == (0.25, 0.5, 7)
         assert config.max_new_tokens == 9 and len(texts) == 4
-    problem, c = SUMS[0]["problem"], " ".join(INSTRUCTIONS["v1"].split())
+    problem, c = GSM8K[0]["question"], " ".join(INSTRUCTIONS["v1"].split())
     paper = f"{FORMAT}\n\n{problem}\n\n{REMEMBER}"
     texts = f"{FIRST} {paper}", f"{c}\n\n{paper}", problem, f"say it in a word\n\n{problem}"
     shown = [asked[i][2][0].removesuffix("<think>") for i in (0, 3, 6, 9)]
@@ -933,7 +1024,7 @@ def test_an_interrupted_evaluation_ends_as_one_on_two_ranks(tmp_path):
 
 def test_another_evaluation_in_the_same_place_is_refused(asked, tmp_path):
     model, out = shutil.copytree(TOY, tmp_path / "model"), tmp_path / "run"
-    data = Path(write_rows(tmp_path / "sums.jsonl", [{**row, "level": 1} for row in SUMS]))
+    data = Path(write_rows(tmp_path / "sums.jsonl", [{**row, "level": 1} for row in GSM8K]))
     run = [model, f"--data={data}", "--samples=1", "--max_new_tokens=9", f"--output_dir={out}"]
     assert call(evaluation, *run)[0] == 0
     samples, count = contents(out)["samples-0.jsonl"], len(asked)
@@ -943,7 +1034,7 @@ def test_another_evaluation_in_the_same_place_is_refused(asked, tmp_path):
         (model / "chat_template.jinja", "{{ messages[0].content }}", "prompts of"),
         (model / "generation_config.json", {"eos_token_id": 7}, "stop ids of"),
         (model / "model.safetensors", weights[:-4] + bytes(4), "weights of"),
-        (data, data.read_text().replace('"answer": 3', '"answer": 4'), "problems"),
+        (data, data.read_text().replace("#### 3", "#### 4"), "problems"),
     ):
         good = change(file, new)
         refused(evaluation, run, f"{held} {message}", out)
@@ -1004,7 +1095,9 @@ WORDS = table("""--data=Nobody/None => Nobody/None can't | --model=Nobody/None =
     @{tmp}/no => No such file | @{tmp}/model/model.safetensors => utf-8 | RANK=1 => error
     --output_dir={tmp}/empty.parquet => empty.parquet | RANK=0 WORLD_SIZE=0 => error
     --output_dir={tmp}/empty.parquet/a => empty.parquet | WORLD_SIZE=0 => error
-    --output_dir={tmp}/model => not empty""")
+    --output_dir={tmp}/model => not empty | --instruction=none => equal prompts
+    --teacher=toy => --refresh_every 0 | --rewrite --max_new_tokens=16390 => 32768 positions
+    --teacher={tmp}/no --refresh_every=0 => no can't be used""")
 WORDS += [(f"--{value}", f"--{value.split('=')[0]}") for value in VALUES.split()]
 FAULTS += [(opsdc, words, "empty.parquet", "", message) for words, message in WORDS]
 DATA = table("""{"problem": "a", "answer": null} => answer is None
@@ -1044,12 +1137,9 @@ def test_faults_are_refused(monkeypatch, small_run, tiny, tmp_path, program, end
     assert not (tmp_path / "run").exists()
 
 
-BENCHMARKS = [
-    ("loss --tokens 40 --hidden 16 --vocabulary 900 --rounds 1", "| plain |"),
-    ("memory", "| 8B | 1 x 80 GB |"),
-    ("rollout --config {} --prompt_tokens 9 --new_tokens 5 --rows 1 3", "1 rows | 3 rows"),
-    ("step --config {} --flags=--max_new_tokens=5", "| --offload |"),
-]
+BENCHMARKS = table("""loss --tokens 40 --hidden 16 --vocabulary 900 --rounds 1 => plain
+    memory => 1 x 80 GB | step --config {} --flags=--max_new_tokens=5 => --offload
+    rollout --config {} --prompt_tokens 9 --new_tokens 5 --rows 1 3 => 3 rows""")
 
 
 @pytest.mark.parametrize("command, shown", BENCHMARKS)

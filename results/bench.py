@@ -1,11 +1,11 @@
 """Time and memory of opsdc.py's parts on the device that is there; each subcommand prints a table.
 
-    python results/bench.py loss       # beside its four matrix products, plain autograd and TRL
-    python results/bench.py update     # beside TRL's SDFTTrainer: seconds and memory
-    python results/bench.py parity     # beside TRL's SDFTTrainer: loss and gradient, on the toy
-    python results/bench.py memory     # GB of Qwen3's sizes: arithmetic, no measurement
-    python results/bench.py rollout --config config.json    # tokens a second, by engine and rows
-    python results/bench.py step --config config.json       # three steps, --offload or not
+python results/bench.py loss       # beside its four matrix products, plain autograd and TRL
+python results/bench.py update     # beside TRL's SDFTTrainer: seconds and memory
+python results/bench.py parity     # beside TRL's SDFTTrainer: loss and gradient, on the toy
+python results/bench.py memory     # GB of Qwen3's sizes: arithmetic, no measurement
+python results/bench.py rollout --config config.json    # tokens a second, by engine and rows
+python results/bench.py step --config config.json       # three steps, --offload or not
 """
 
 import argparse
