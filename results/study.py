@@ -57,10 +57,6 @@ TABLES = {
         ("limit 17", "--max_new_tokens=17", "(1K: -29.8%)"),
         (MAIN, "", "(8K: best; 30K: no better)"),
     ],
-    "Temperature of the rollouts (trained v1: 1)": [
-        (MAIN, "", "nearly flat"),
-        ("temperature 1.5", "--temperature=1.5", "nearly flat"),
-    ],
     "A larger teacher (not in the paper; MPD's abstract: up to -27.1%, more accurate)": [
         ("the teacher", "toy/teacher student", ""),
         ("the teacher, prompt v1", "toy/teacher v1", ""),
