@@ -492,7 +492,7 @@ OPTIONS = {"instruction": "Answer in a word.", "prompt": "plain", "divergence": 
 OPTIONS |= {"refresh_every": 2, "refresh_share": 0.25, "steps": 5, "batch_size": 4, "offload": True}
 OPTIONS |= {"micro_batch_size": 3, "rollout_batch_size": 2, "max_new_tokens": 5, "save_every": 3}
 OPTIONS |= {"temperature": 0.7, "top_p": 0.8, "learning_rate": 1e-3, "weight_decay": 0.3}
-OPTIONS |= {"max_grad_norm": 1e-5, "max_prompt_tokens": 100}
+OPTIONS |= {"max_grad_norm": 0.25, "max_prompt_tokens": 100}
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 0, "max_new_tokens": 5, "do_sample": True}
 
 
@@ -549,7 +549,7 @@ def test_a_run_is_algorithm_1_on_full_logits(tiny, recorded):
         triples = list(zip(asked.prompts, prompts, asked.completions, strict=True))
         means = by_the_book(student, teacher, triples, "jsd")
         means[0].backward()
-        row["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.parameters(), 1e-5).item()
+        row["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.parameters(), 0.25).item()
         adamw.step()
         adamw.zero_grad()
         row["completion_tokens"] = row["trained_tokens"] = sum(map(len, asked.completions)) / 4
