@@ -636,7 +636,7 @@ def without_wrapper(text: str) -> str:
 
 def digest(text: str) -> str:
     """The first 16 hexadecimal digits of its SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 # The problems that DAPO-Math shares with MATH-500: digests of their text without white space.
@@ -653,9 +653,8 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> list[tuple[Ids, Ids, C
         if digest("".join(without_wrapper(chat[-1]["content"]).split())) not in IN_MATH500
     ]
     with reading(f"a prompt for {config.model}"):
-        students, teachers = ([pair[side] for pair in pairs] for side in (0, 1))
-        sides = encode_chats(tokenizer, students), encode_chats(tokenizer, teachers), students
-        prompts = list(zip(*sides, strict=True))
+        sides = [encode_chats(tokenizer, list(chats)) for chats in zip(*pairs, strict=True)]
+        prompts = list(zip(*sides, [x for x, _ in pairs], strict=True))
         if not config.teacher and any(x == x_c for x, x_c, _ in prompts):
             raise ValueError("student and teacher get equal prompts, which needs a --teacher")
     kept = [prompt for prompt in prompts if len(prompt[1]) <= config.max_prompt_tokens]

@@ -1080,9 +1080,9 @@ MODEL = table(r"""chat_template.jinja => null => chat_template is not set
     model.safetensors => null => no file named model.safetensors
     tokenizer_config.json => {"extra_special_tokens": ["assistant\n"]} => does not fit its model""")
 FAULTS = [(opsdc, "", f"model/{file}", json.loads(new), said) for file, new, said in MODEL]
-DATA = table(r"""=> 0 problems of | [1, 2] => row 1 | {"prompt": []} => row 1
-    {"text": "", "id": 1} => ['text', 'id'] | {"problem": "a"}¶{"problem": " "} => row 2
-    {"problem": "a"}¶{"problem": "a"}¶{"problem": "b¶ => line 3
+DATA = table(r"""=> 0 problems of | [1, 2] => row 1 | {"problem": "\udcff"} => a prompt for
+    {"prompt": []} => row 1 | {"text": "", "id": 1} => ['text', 'id']
+    {"problem": "a"}¶{"problem": " "} => row 2 | {"problem": "a"}¶{"problem": "b¶ => line 2
     {"prompt": [{"role": "system", "content": "a"}]} => ends with a text of the user
     {"prompt": [{"role": "", "content": "\udcff"}, {"role": "user", "content": "a"}]} => prompt""")
 FAULTS += [(opsdc, "", "model/data.jsonl", *row) for row in [*DATA, (b'"\xe9"', "utf-8")]]
