@@ -264,9 +264,8 @@ def teacher_examples(
     prompts, texts = toy_examples(tokenizer, problems[:half], rng, TEACHER_SLIP)
     answers = [(answer_text(x, STYLES[style], rng), x) for x, style in problems[half:]]
     chats = [rewriting_chat(prompt_chat(x, "student"), y) for y, x in answers]
-    return prompts + encode_chats(tokenizer, chats), texts + [
-        rewritten(y, len(x)) for y, x in answers
-    ]
+    texts += [rewritten(y, len(x)) for y, x in answers]
+    return prompts + encode_chats(tokenizer, chats), texts
 
 
 def example_batches(
@@ -317,6 +316,7 @@ def make_teacher(
     seed: int,
     output_dir: Path,
 ) -> None:
+    """Saves the toy's larger teacher, apart from which the toy stays as it is."""
     set_seed(seed)
     model = deepened(toy, tokenizer)
     rng = random.Random(seed)
