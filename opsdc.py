@@ -30,12 +30,12 @@ Where they differ             the paper                  its code               
     5. trained ids            not said                   text tokenized again       sampled ids
     6. 4 MATH-500 problems    not said                   trained on                 left out
     7. dropout                not said                   not looked at              off throughout
-    8. problems               about 13,600               not looked at              all of 17,398
+    8. problems               about 13,600               not looked at              all but 4
 
 Beyond the paper: --refresh_share, an average as teacher; --teacher, another model; --rewrite, the
-loss on rewritten rollouts: Mixed-Policy Distillation, arXiv 2605.08776. Only its abstract is
-public. The request to rewrite, the direction of the KL (reverse) and the teacher's prompt in the
-loss (x and c; with --instruction none, x) are our reading of it.
+loss on rewritten rollouts: Mixed-Policy Distillation, arXiv 2605.08776. We had only its abstract:
+the request to rewrite, which rewrites count, the direction of the KL (reverse) and the teacher's
+prompt in the loss (x and c; with --instruction none, x) are our reading of it.
 
 The method ends with `train`; its support follows.
 
@@ -102,7 +102,9 @@ class Config:
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = HfArg(
         default="reverse_kl", help="reverse_kl is KL(student || teacher)"
     )
-    teacher: str = HfArg(default="", help="another model of the same vocabulary, frozen")
+    teacher: str = HfArg(
+        default="", help="another model of this vocabulary; needs --refresh_every 0"
+    )
     rewrite: bool = HfArg(
         default=False,
         help="MPD: train on rewrites of the rollouts by --teacher or else by the student. Request, "
@@ -114,7 +116,7 @@ class Config:
     batch_size: int = HfArg(default=32, help="B, problems a step, one rollout each")
     micro_batch_size: int = HfArg(default=1, help="rollouts a backward pass; more is faster")
     rollout_batch_size: int = HfArg(default=32, help="rollouts generated at once; for memory")
-    max_prompt_tokens: int = HfArg(default=1024, help="problems with a longer one are left out")
+    max_prompt_tokens: int = HfArg(default=1024, help="of the teacher's; longer ones are left out")
     max_new_tokens: int = HfArg(default=8192, help="of a rollout; cut ones are trained on too")
     temperature: float = HfArg(default=1.0, help="of the rollout; the loss is always at 1")
     top_p: float = HfArg(default=1.0, help="of the rollout; 1 is the whole distribution")
@@ -163,8 +165,8 @@ def prompt_pair(chat: Chat, instruction: str, style: str = "paper") -> tuple[Cha
         (x, c)    Solve the following math problem concisely and correctly. Be direct: avoid ...
                   The last line of your response ... What is 1 + 1? ...
     Style `paper` reads the last turn only; `plain` keeps all turns, with c before the last text.
-    With the instruction `none` the teacher gets x too. Raises ValueError for any other single word
-    but v1, v2 and percent:P (P: 1 to 99).
+    With the instruction `none` the teacher gets x too. Raises ValueError for every other single
+    word, except v1, v2 and percent:P (P: 1 to 99).
     """
     c, task = INSTRUCTIONS.get(instruction, instruction), f"{TASK} " if style == "paper" else ""
     if len(c.split()) < 2 and c != "none":
@@ -390,27 +392,27 @@ def train(run: SimpleNamespace) -> None:
 
 # ---- Support: rewritten rollouts, beyond the paper -----------------------------------------------
 
-REWRITE = (
-    "{x}\n\nHere is a solution:\n\n{y}\n\nRewrite it as concisely as you can, in the same form. "
-    "Keep every step that the answer needs."
-)
-
 
 def rewriting_chat(chat: Chat, solution: str) -> Chat:
     """The chat, its last text followed by a solution and by the request to rewrite it."""
-    text = REWRITE.format(x=chat[-1]["content"], y=solution)
+    text = f"{chat[-1]['content']}\n\nHere is a solution:\n\n{solution}\n\nRewrite it as concisely "
+    text += "as you can, in the same form. Keep every step that the answer needs."
     return [*chat[:-1], {**chat[-1], "content": text}]
 
 
 def rewrite(run: SimpleNamespace, chats: list[Chat], rollouts: list[Ids]) -> list[Ids]:
     """Rewrites by --teacher, or else by the sampler; thinking is off if the template can switch it.
-    A rollout stays as it is if its rewrite is empty or no shorter; one cut at the limit is not."""
+    A rollout is kept if its rewrite is empty, no shorter (as one cut at the limit), or of another
+    form: one of the two without thinking."""
     decode = partial(run.tokenizer.batch_decode, skip_special_tokens=True)
-    asking = [rewriting_chat(*pair) for pair in zip(chats, decode(rollouts), strict=True)]
+    texts = decode(rollouts)
+    asking = [rewriting_chat(*pair) for pair in zip(chats, texts, strict=True)]
     prompts = encode_chats(run.tokenizer, asking, enable_thinking=False)
     rewrites = rollout(run.rewriter, prompts, run.config.rollout_batch_size)
-    rows = zip(rollouts, rewrites, decode(rewrites), strict=True)
-    return [z if text.strip() and len(z) < len(y) else y for y, z, text in rows]
+    return [
+        z if new.strip() and len(z) < len(y) and ("</think>" in new) == ("</think>" in old) else y
+        for y, old, z, new in zip(rollouts, texts, rewrites, decode(rewrites), strict=True)
+    ]
 
 
 # ---- Support: models -----------------------------------------------------------------------------
@@ -427,11 +429,10 @@ def load_model(name: str, dtype: torch.dtype | str = DTYPE, device: Any = DEVICE
         with torch.no_grad():
             logits, states = model(ids).logits, model.base_model(ids, use_cache=False)[0]
         error = (logits - states @ head.weight.T).abs().max() / logits.abs().max()
-        faults = [f"{key} is missing" for key in sorted(info["missing_keys"])]
-        if not error < 4 * torch.finfo(states.dtype).eps:  # a bias, a scale, a cap
-            faults.append("its logits are not final states times its head")
-        if faults:
-            raise ValueError(faults[0])
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"{missing[0]} is missing")
+        if not error < max(5e-7, torch.finfo(states.dtype).eps):  # a bias, a scale, a cap
+            raise ValueError("its logits are not final states times its head")
     return model
 
 
@@ -449,11 +450,10 @@ def sampling_settings(model: Model, prompts: list[Ids], room: int, **sampling) -
         raise ValueError(f"the tokenizer of {name} does not fit its model")
     longest, most = max(map(len, prompts)) + room, getattr(options, "max_position_embeddings", None)
     if longest > (most or longest):
-        raise ValueError(f"prompt + --max_new_tokens is {longest}, but {name} has {most} positions")
-    sampling = {"max_new_tokens": room, "pad_token_id": stop_ids[0]} | sampling
+        raise ValueError(f"--max_new_tokens asks for {longest}, but {name} has {most} positions")
     # A broken model may sample: its gradient will end the run with a clear message.
-    sampling |= {"do_sample": True, "remove_invalid_values": True}
-    return GenerationConfig(eos_token_id=stop_ids, **sampling)
+    sampling = {"max_new_tokens": room, "do_sample": True, "remove_invalid_values": True} | sampling
+    return GenerationConfig(eos_token_id=stop_ids, pad_token_id=stop_ids[0], **sampling)
 
 
 def shard(model: Model, offload: bool) -> Scorer:
@@ -534,8 +534,7 @@ def finish_step(
     cut = [y[-1] not in run.sampler.generation_config.eos_token_id for y in rollouts]
     sums = [sum(cut), sum(map(len, rollouts)), sum(map(len, completions))]
     means = torch.stack([of_tokens.mean(1) for of_tokens in statistics]).mean(0).tolist()
-    values = [*means, *(total / len(cut) for total in sums), len(run.signals)]
-    values = torch.tensor(values, dtype=torch.float64)
+    values = torch.tensor([*means, *(s / len(cut) for s in sums), len(run.signals)], dtype=float)
     dist.all_reduce(values)
     *values, signals = (values / dist.get_world_size()).tolist()
     names = "loss student_entropy teacher_entropy truncated completion_tokens trained_tokens"
@@ -645,16 +644,15 @@ IN_MATH500 = {"3361691622c4f773", "4384ad9cb9175c9f", "69c249395bcf1d7d", "f6800
 
 def load_prompts(config: Config, tokenizer: Tokenizer) -> list[tuple[Ids, Ids, Chat]]:
     """For each problem the student's prompt, the teacher's, and the student's as a chat; without
-    those that are too long. Raises ValueError if too few are left for a batch, or if student and
-    teacher are one model with one prompt."""
+    those that are too long. Raises ValueError if too few are left for a batch, or if a pair of
+    prompts is equal without a --teacher."""
     pairs = [
         prompt_pair(chat, config.instruction, config.prompt)
         for chat in read_chats(config.data, load_rows(config.data))
         if digest("".join(without_wrapper(chat[-1]["content"]).split())) not in IN_MATH500
     ]
     with reading(f"a prompt for {config.model}"):
-        sides = [encode_chats(tokenizer, list(chats)) for chats in zip(*pairs, strict=True)]
-        prompts = list(zip(*sides, [x for x, _ in pairs], strict=True))
+        prompts = [(*encode_chats(tokenizer, list(pair)), pair[0]) for pair in pairs]
         if not config.teacher and any(x == x_c for x, x_c, _ in prompts):
             raise ValueError("student and teacher get equal prompts, which needs a --teacher")
     kept = [prompt for prompt in prompts if len(prompt[1]) <= config.max_prompt_tokens]
@@ -718,7 +716,10 @@ def claim_output(run: SimpleNamespace) -> None:
     """Locks run.json until the process ends; it holds the configuration and the data's digest.
     Raises ValueError if another process has the lock, or if the file is of another run."""
     run.output_dir.mkdir(parents=True, exist_ok=True)
-    now = {"config": asdict(run.config), "prompts": digest(json.dumps(run.prompts))}
+    now = {
+        "config": asdict(run.config),
+        "prompts": digest(json.dumps([ids for *ids, _ in run.prompts])),
+    }
     with reading(path := run.output_dir / "run.json"):
         run.lock = open(path, "a+" if run.config.resume else "x+", encoding="utf-8")
         try:
@@ -755,23 +756,25 @@ def prepare(config: Config) -> SimpleNamespace:
     teacher = load_model(source, "auto", "cpu").requires_grad_(False)
     run.teacher = shard(teacher, config.offload)  # theta_bar <- theta
     with reading(source):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        same = len(run.student.head) == len(run.teacher.head)
-        if not same or run.tokenizer.get_vocab() != tokenizer.get_vocab():
+        words = AutoTokenizer.from_pretrained(source, trust_remote_code=False).get_vocab()
+        if words != run.tokenizer.get_vocab() or len(run.student.head) != len(run.teacher.head):
             raise ValueError(f"its vocabulary is not that of {config.model}")
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
     run.optimizer = torch.optim.AdamW(run.student.parameters(), **options)
 
     # sampler: the student's weights in DTYPE, whole on every rank; generates, is saved.
-    run.sampler = run.rewriter = load_model(config.model)
-    if config.rewrite and config.teacher:
-        run.rewriter = load_model(config.teacher)
-    sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    sampling["max_new_tokens"] = config.max_new_tokens
+    run.sampler = load_model(config.model)
+    run.rewriter = load_model(config.teacher) if config.rewrite and config.teacher else run.sampler
+    sampling = {name: getattr(config, name) for name in ("temperature", "top_p", "max_new_tokens")}
     prompts = [ids for x, x_c, _ in run.prompts for ids in (x, x_c)]
-    room = config.max_new_tokens * (1 + config.rewrite)  # a rewrite stands behind a rollout
+    room = config.max_new_tokens + config.rewrite * (config.max_new_tokens + 128)  # and the request
     for model in (run.sampler, run.rewriter, run.teacher.model):  # the last one only to be checked
-        model.generation_config = sampling_settings(model, prompts, room, **sampling)
+        model.generation_config = sampling_settings(model, prompts, room, top_k=0, **sampling)
+    if config.teacher:  # the student learns to stop where the teacher does
+        stop_ids = run.sampler.generation_config.eos_token_id
+        stop_ids = sorted({*stop_ids, *run.teacher.model.generation_config.eos_token_id})
+        for model in (run.sampler, run.rewriter, run.student.model):
+            model.generation_config.eos_token_id = stop_ids
     dist.barrier()  # all ranks have passed all checks
     if dist.get_rank() == 0:
         claim_output(run)
@@ -788,8 +791,7 @@ def prepare(config: Config) -> SimpleNamespace:
         run.log.seek(0)
         run.log.truncate(sum(len(row) for row in run.log.readlines()[: run.done]))
         tqdm.write(f"{len(run.prompts)} problems", sys.stderr)
-    hidden = dist.get_rank() > 0
-    run.bar = tqdm(initial=run.done, total=config.steps, unit="step", disable=hidden)
+    run.bar = tqdm(initial=run.done, total=config.steps, unit="step", disable=not run.log)
     transformers.utils.logging.disable_progress_bar()  # of save_pretrained: it may fail to write
     return run
 

@@ -461,7 +461,7 @@ def test_families_train_in_fp32_as_on_full_logits(group, tmp_path, kind):
 
 
 UNUSABLE = [("phi", {}, None), ("gemma2", {"final_logit_softcapping": 30.0}, None)]
-UNUSABLE += [("granite", {"logits_scaling": 1.001}, None), ("cohere", {"logit_scale": 0.5}, None)]
+UNUSABLE += [("granite", {"logits_scaling": 1.02}, None), ("cohere", {"logit_scale": 0.5}, None)]
 UNUSABLE += [("llama", {}, name) for name in ("layers.1.mlp.up_proj", "layers.1", "lm_head", "")]
 
 
@@ -476,7 +476,7 @@ def test_more_than_a_head_and_lost_weights_are_refused(tmp_path, kind, options, 
         weights = {f"old.{name}" if lost in name else name: w for name, w in weights.items()}
     model.save_pretrained(tmp_path, state_dict=weights)
     with pytest.raises(ValueError, match=message):
-        opsdc.load_model(str(tmp_path))
+        opsdc.load_model(str(tmp_path), torch.bfloat16 if kind == "granite" else torch.float32)
 
 
 @pytest.mark.skipif(os.sysconf("SC_AVPHYS_PAGES") < 10**6, reason="needs 4 GB")
@@ -658,24 +658,25 @@ def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_p
 
 @pytest.fixture(scope="module")
 def other(tiny, tmp_path_factory):
-    """Another, larger model with the tiny one's tokenizer, which stops sooner."""
+    """Another, larger model with the tiny one's tokenizer and other stop ids."""
     path = shutil.copytree(tiny, tmp_path_factory.mktemp("models") / "other")
     model = tiny_model(vocab_size=821, seed=1, hidden_size=48, initializer_range=0.15)
-    model.generation_config = GenerationConfig(eos_token_id=[*range(400)])
+    model.generation_config = GenerationConfig(eos_token_id=[*range(100, 300)])
     model.save_pretrained(path)
     return path
 
 
 def test_the_loss_is_taken_on_what_the_teacher_makes_of_the_rollouts(tiny, other, tmp_path):
     """The teacher reads problem, trajectory and request; the log is by the book on what counts."""
-    flags = {"teacher": other, "rewrite": True, "refresh_every": 0, "steps": 1, "top_p": 1}
-    flags |= {"divergence": "reverse_kl", "batch_size": 8, "max_new_tokens": 12}
-    places = {"model": tiny, "data": tiny / "data.jsonl", "output_dir": tmp_path / "run"}
-    sampled, rewritten = record(OPTIONS | flags | places)
+    flags = {"teacher": other, "rewrite": True, "refresh_every": 0, "steps": 1, "batch_size": 8}
+    flags |= {"model": tiny, "data": tiny / "data.jsonl", "output_dir": tmp_path / "run", "seed": 2}
+    sampled, rewritten = record(OPTIONS | flags)
     student, teacher = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (tiny, other))
-    close(sampled.weights, dict(student.state_dict()))
-    close(rewritten.weights, dict(teacher.state_dict()))
-    assert rewritten.settings.items() >= (SAMPLING | {"max_new_tokens": 12, "top_p": 1.0}).items()
+    close([sampled.weights, rewritten.weights], [dict(m.state_dict()) for m in (student, teacher)])
+    assert rewritten.settings.items() >= SAMPLING.items()
+    saved = GenerationConfig.from_pretrained(tmp_path / "run").to_diff_dict()
+    for settings in (saved, sampled.settings, rewritten.settings):  # learns to stop as the teacher
+        assert settings["eos_token_id"] == [*range(300)]
     opening, closing = TURN.split("{}")
     texts = TOKENIZER.batch_decode(sampled.prompts)
     problems = [p for text in texts for p in PROBLEMS if text == TURN.format(p)]
@@ -689,22 +690,22 @@ def test_the_loss_is_taken_on_what_the_teacher_makes_of_the_rollouts(tiny, other
     assert trained not in (sampled.completions, rewritten.completions)
     starts = "", "Answer in a word.\n\n"
     sides = [[TOKENIZER(TURN.format(c + p))["input_ids"] for p in problems] for c in starts]
-    means = by_the_book(student, teacher, list(zip(*sides, trained, strict=True)), "reverse_kl")
+    means = by_the_book(student, teacher, list(zip(*sides, trained, strict=True)), "jsd")
     (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
     close(row["loss"], means[0].item())
     assert row["completion_tokens"] == sum(map(len, sampled.completions)) / 8
     assert row["trained_tokens"] == sum(map(len, trained)) / 8 < row["completion_tokens"]
 
 
-def test_a_rewrite_that_is_empty_cut_or_no_shorter_leaves_the_rollout(monkeypatch):
-    tokenizer, end, space = AutoTokenizer.from_pretrained(TOY), 2, TOKENIZER(" ")["input_ids"][0]
-    silent = "{% if enable_thinking is defined and not enable_thinking %}silent{% endif %}"
-    tokenizer.chat_template = TOKENIZER.chat_template + silent
-    old, prompts = [[70, 71, 72, end]] * 6, []
-    new = [[70, end], [end], [space, end], old[0], [70, 71, 72, 73, 74], [70, 71, 73]]
+def test_a_rewrite_that_is_empty_no_shorter_or_of_another_form_leaves_the_rollout(monkeypatch):
+    tokenizer, end = AutoTokenizer.from_pretrained(TOY), 2
+    space, thought = (TOKENIZER(text)["input_ids"][0] for text in (" ", "</think>"))
+    tokenizer.chat_template = TOKENIZER.chat_template + "{{ 'silent' if enable_thinking is false }}"
+    old, prompts = [[7, 8, 9, end]] * 6 + [[thought, 8, 9, end]] * 2, []
+    new = [[7, end], [end], [space, end], old[0], [7] * 5, [7, 8, 9], [thought, 8, end], [8, end]]
     monkeypatch.setattr(opsdc, "rollout", lambda _, asked, __: prompts.extend(asked) or new)
     run = SimpleNamespace(tokenizer=tokenizer, rewriter=None, config=opsdc.Config())
-    assert opsdc.rewrite(run, [user("Why?")] * 6, old) == [new[0], *old[1:5], new[5]]
+    assert opsdc.rewrite(run, [user("?")] * 8, old) == [new[0], *old[1:5], *new[5:7], old[7]]
     assert all(tokenizer.decode(prompt).endswith("silent") for prompt in prompts)  # not to think
 
 
@@ -722,8 +723,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(small_run, tmp_path):
         tokenizer.save_pretrained(tmp_path / name)
         tokenizer.add_tokens(["another"])
         run = [*small_run, f"--teacher={tmp_path}/{name}", "--refresh_every=0"]
-        said = f"{name} can't be used: its vocabulary is not"
-        refused(opsdc, [*run, f"--output_dir={tmp_path}/run"], said, tmp_path)
+        refused(opsdc, [*run, f"--output_dir={tmp_path}/a"], f"{name} can't be used: its", tmp_path)
 
 
 LARGER = "--teacher={other} --refresh_every=0 "

@@ -81,8 +81,8 @@ class Study:
         self.seeds, self.thin, self.jobs = range(1 if quick else 3), 3 if quick else 1, jobs
         self.steps, last, every = (20, 40, 20) if quick else (60, 240, 30)
         self.points = range(every, last + 1, every)  # steps of the long run that are evaluated
-        self.flags = {n: f"--steps={self.steps} {o}" for n, o in OPTIONS.items() if n not in ASKED}
-        self.flags["long"] = f"--steps={last} --save_every={every}"
+        self.flags = {"long": f"--steps={last} --save_every={every}"}
+        self.flags |= {n: f"--steps={self.steps} {OPTIONS[n]}" for n in OPTIONS if n not in ASKED}
 
     def path(self, name: str, seed: int) -> str:
         if name.startswith("step "):  # a checkpoint of the long run
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smaller study")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
     study = Study(**vars(parser.parse_args()))
-    runs = [(seed, name) for name in ["long", *study.flags] for seed in study.seeds]
+    runs = [(seed, name) for name in study.flags for seed in study.seeds]
     study.in_parallel(study.train, runs, "training runs")
     problems = (ROOT / "toy/test.jsonl").read_text().splitlines(keepends=True)[:: study.thin]
     (ROOT / study.directory / "test.jsonl").write_text("".join(problems))

@@ -316,7 +316,7 @@ def make_teacher(
     seed: int,
     output_dir: Path,
 ) -> None:
-    """Saves the toy's larger teacher, apart from which the toy stays as it is."""
+    """Trains and saves the toy's larger teacher; the toy itself is not changed."""
     set_seed(seed)
     model = deepened(toy, tokenizer)
     rng = random.Random(seed)
