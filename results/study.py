@@ -234,7 +234,7 @@ def main() -> None:
     (ROOT / study.directory / "test.jsonl").write_text("".join(problems))
     evaluated = study.in_parallel(study.evaluate, [(s,) for s in study.seeds], "evaluations")
     found = pd.concat(evaluated, ignore_index=True)
-    found.to_json(study.output / "study.json", "records", indent=1)
+    found.to_json(study.output / "study.json", orient="records", indent=1)
     draw_rollout(study, study.output / "rollout.png")
     draw_curves(study, study.output / "curves.png")
     draw_trade(found, study, study.output / "trade.png")
