@@ -102,9 +102,7 @@ class Config:
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = HfArg(
         default="reverse_kl", help="reverse_kl is KL(student || teacher)"
     )
-    teacher: str = HfArg(
-        default="", help="another model of this vocabulary; needs --refresh_every 0"
-    )
+    teacher: str = HfArg(default="", help="a model of this vocabulary; needs --refresh_every 0")
     rewrite: bool = HfArg(
         default=False,
         help="MPD: train on rewrites of the rollouts by --teacher or else by the student. Request, "
@@ -716,10 +714,8 @@ def claim_output(run: SimpleNamespace) -> None:
     """Locks run.json until the process ends; it holds the configuration and the data's digest.
     Raises ValueError if another process has the lock, or if the file is of another run."""
     run.output_dir.mkdir(parents=True, exist_ok=True)
-    now = {
-        "config": asdict(run.config),
-        "prompts": digest(json.dumps([ids for *ids, _ in run.prompts])),
-    }
+    pairs = [pair for *pair, _ in run.prompts]
+    now = {"config": asdict(run.config), "prompts": digest(json.dumps(pairs))}
     with reading(path := run.output_dir / "run.json"):
         run.lock = open(path, "a+" if run.config.resume else "x+", encoding="utf-8")
         try:
