@@ -114,7 +114,7 @@ class Config:
     batch_size: int = HfArg(default=32, help="B, problems a step, one rollout each")
     micro_batch_size: int = HfArg(default=1, help="rollouts a backward pass; more is faster")
     rollout_batch_size: int = HfArg(default=32, help="rollouts generated at once; for memory")
-    max_prompt_tokens: int = HfArg(default=1024, help="of the teacher's; longer ones are left out")
+    max_prompt_tokens: int = HfArg(default=1024, help="problems with longer ones are left out")
     max_new_tokens: int = HfArg(default=8192, help="of a rollout; cut ones are trained on too")
     temperature: float = HfArg(default=1.0, help="of the rollout; the loss is always at 1")
     top_p: float = HfArg(default=1.0, help="of the rollout; 1 is the whole distribution")
@@ -448,7 +448,7 @@ def sampling_settings(model: Model, prompts: list[Ids], room: int, **sampling) -
         raise ValueError(f"the tokenizer of {name} does not fit its model")
     longest, most = max(map(len, prompts)) + room, getattr(options, "max_position_embeddings", None)
     if longest > (most or longest):
-        raise ValueError(f"--max_new_tokens asks for {longest}, but {name} has {most} positions")
+        raise ValueError(f"prompt + --max_new_tokens: {longest}, but {name} has {most} positions")
     # A broken model may sample: its gradient will end the run with a clear message.
     sampling = {"max_new_tokens": room, "do_sample": True, "remove_invalid_values": True} | sampling
     return GenerationConfig(eos_token_id=stop_ids, pad_token_id=stop_ids[0], **sampling)
