@@ -34,7 +34,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import pandas as pd
 import torch
@@ -76,6 +76,9 @@ class Settings:
     max_new_tokens: int = HfArg(default=30_000, help="a response is cut here")
     batch_size: int = HfArg(default=8, help="responses generated at once on a GPU: memory")
     seed: int = HfArg(default=0, help="of sampling")
+    dtype: Literal["float32", "bfloat16"] = HfArg(
+        default=opsdc.Config.dtype, help="of the model when it samples"
+    )
 
     def __post_init__(self) -> None:
         least = {"samples": 1, "max_new_tokens": 1, "batch_size": 1, "limit": 0, "top_k": 0}
@@ -280,7 +283,7 @@ def open_candidate(
     with opsdc.reading(name):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         prompts = opsdc.encode_chats(tokenizer, [pair[asked] for pair in pairs])
-    model = opsdc.load_model(name)
+    model = opsdc.load_model(name, settings.dtype)
     sampling = {option: getattr(settings, option) for option in ("temperature", "top_p", "top_k")}
     model.generation_config = opsdc.sampling_settings(
         model, prompts, settings.max_new_tokens, **sampling

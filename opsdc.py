@@ -81,7 +81,6 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-DTYPE = torch.bfloat16 if CUDA else torch.float32  # of generation, forward and backward passes
 Model, Tokenizer = transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase
 Ids, Chat = list[int], list[dict[str, str]]  # token ids; turns with role and content
 Triple = tuple[Ids, Ids, Ids]  # the student's prompt, the teacher's, the completion y
@@ -98,7 +97,9 @@ class Config:
     data: str = HfArg(default="YouJiacheng/DAPO-Math-17k-dedup", help="hub id or file of problems")
     output_dir: str = HfArg(default="runs/opsdc", help="for metrics.jsonl and the trained model")
     instruction: str = HfArg(default="v1", help="c: v1, v2, percent:50, none or a text of your own")
-    prompt: Literal["paper", "plain"] = HfArg(default="paper", help="plain: the problem as it is")
+    prompt: Literal["paper", "plain", "boxed"] = HfArg(
+        default="paper", help="plain: the problem as it is; boxed: and a request for a boxed answer"
+    )
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = HfArg(
         default="reverse_kl", help="reverse_kl is KL(student || teacher)"
     )
@@ -123,6 +124,10 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="global L2 norm; larger gradients are clipped")
     save_every: int = HfArg(default=50, help="steps between checkpoints; 0 saves only the end")
     seed: int = HfArg(default=0, help="of data order and sampling")
+    dtype: Literal["float32", "bfloat16"] = HfArg(
+        default="bfloat16" if CUDA else "float32",
+        help="of rollouts and of forward and backward passes; weights are updated in float32",
+    )
     offload: bool = HfArg(default=False, help="keep fp32 weights and AdamW in host memory")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in output_dir")
 
@@ -135,6 +140,7 @@ PROMPT = (
     "quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
     'Remember to put your answer on its own line after "Answer:".'
 )
+REQUEST = r"Please reason step by step, and put your final answer within \boxed{}."
 INSTRUCTIONS = {
     "v1": "Solve the following math problem concisely and correctly. Be direct: avoid unnecessary "
     "elaboration, redundant steps, or restating the problem. Focus only on the key reasoning steps "
@@ -162,7 +168,8 @@ def prompt_pair(chat: Chat, instruction: str, style: str = "paper") -> tuple[Cha
                   What is 1 + 1? ...
         (x, c)    Solve the following math problem concisely and correctly. Be direct: avoid ...
                   The last line of your response ... What is 1 + 1? ...
-    Style `paper` reads the last turn only; `plain` keeps all turns, with c before the last text.
+    Style `paper` reads the last turn only; `plain` keeps all turns, with c before the last text;
+    `boxed` is `plain` with a request, usual in the field, behind the last text.
     With the instruction `none` the teacher gets x too. Raises ValueError for every other single
     word, except v1, v2 and percent:P (P: 1 to 99).
     """
@@ -172,6 +179,9 @@ def prompt_pair(chat: Chat, instruction: str, style: str = "paper") -> tuple[Cha
     if style == "paper":
         problem = without_wrapper(chat[-1]["content"])
         chat = [{"role": "user", "content": task + PROMPT.format(problem=problem)}]
+    if style == "boxed":
+        text = f"{chat[-1]['content']}\n\n{REQUEST}"
+        chat = [*chat[:-1], {**chat[-1], "content": text}]
     if c == "none":
         return chat, chat
     text = chat[-1]["content"].removeprefix(task)
@@ -265,8 +275,8 @@ def divergence(student_logps: torch.Tensor, teacher_logps: torch.Tensor, kind: s
 
 def project(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """Logits (N, V) in fp32; rounded to bf16 they would bury the small divergence."""
-    if states.dtype == torch.float32:
-        return states @ head.T
+    if not CUDA:
+        return states.float() @ head.float().T
     return torch.mm(states, head.T, out_dtype=torch.float32)  # bf16 operands, on a GPU
 
 
@@ -416,7 +426,7 @@ def rewrite(run: SimpleNamespace, chats: list[Chat], rollouts: list[Ids]) -> lis
 # ---- Support: models -----------------------------------------------------------------------------
 
 
-def load_model(name: str, dtype: torch.dtype | str = DTYPE, device: Any = DEVICE) -> Model:
+def load_model(name: str, dtype: torch.dtype | str, device: Any = DEVICE) -> Model:
     """A causal language model in evaluation mode; dtype "auto" is the stored one. Raises ValueError
     if weights are missing, or if its logits are not final hidden states times its head."""
     with reading(name):
@@ -454,15 +464,16 @@ def sampling_settings(model: Model, prompts: list[Ids], room: int, **sampling) -
     return GenerationConfig(eos_token_id=stop_ids, pad_token_id=stop_ids[0], **sampling)
 
 
-def shard(model: Model, offload: bool) -> Scorer:
-    """FSDP2: fp32 weights in equal parts on all ranks; a layer is gathered in DTYPE when it runs,
+def shard(model: Model, dtype: str, offload: bool) -> Scorer:
+    """FSDP2: fp32 weights in equal parts on all ranks; a layer is gathered in `dtype` when it runs,
     and its activations are computed again in the backward pass. The optimizer works in fp32: at a
     learning rate of 1e-6, few bf16 weights would change."""
     scorer, names = Scorer(model), model._no_split_modules or ()  # classes of decoder layers
     layers = [module for module in model.modules() if type(module).__name__ in names]
     for layer in layers:
         layer.forward = partial(recompute_in_backward, layer.forward, use_reentrant=False)
-    precision = fsdp.MixedPrecisionPolicy(DTYPE, torch.float32, cast_forward_inputs=False)
+    compute = getattr(torch, dtype)
+    precision = fsdp.MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
     place = fsdp.CPUOffloadPolicy(CUDA) if offload else fsdp.OffloadPolicy()
     for module in (*layers, scorer):
         fsdp.fully_shard(module.float(), mp_policy=precision, offload_policy=place)
@@ -747,10 +758,10 @@ def prepare(config: Config) -> SimpleNamespace:
     run.prompts = load_prompts(config, run.tokenizer)
 
     # student: fp32 weights, a part on each rank; teacher: the same, without gradients.
-    run.student = shard(load_model(config.model, "auto", "cpu"), config.offload)
+    run.student = shard(load_model(config.model, "auto", "cpu"), config.dtype, config.offload)
     source = config.teacher or config.model
     teacher = load_model(source, "auto", "cpu").requires_grad_(False)
-    run.teacher = shard(teacher, config.offload)  # theta_bar <- theta
+    run.teacher = shard(teacher, config.dtype, config.offload)  # theta_bar <- theta
     with reading(source):
         words = AutoTokenizer.from_pretrained(source, trust_remote_code=False).get_vocab()
         if words != run.tokenizer.get_vocab() or len(run.student.head) != len(run.teacher.head):
@@ -758,9 +769,10 @@ def prepare(config: Config) -> SimpleNamespace:
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
     run.optimizer = torch.optim.AdamW(run.student.parameters(), **options)
 
-    # sampler: the student's weights in DTYPE, whole on every rank; generates, is saved.
-    run.sampler = load_model(config.model)
-    run.rewriter = load_model(config.teacher) if config.rewrite and config.teacher else run.sampler
+    # sampler: the student's weights in --dtype, whole on every rank; generates, is saved.
+    run.sampler = run.rewriter = load_model(config.model, config.dtype)
+    if config.rewrite and config.teacher:
+        run.rewriter = load_model(config.teacher, config.dtype)
     sampling = {name: getattr(config, name) for name in ("temperature", "top_p", "max_new_tokens")}
     prompts = [ids for x, x_c, _ in run.prompts for ids in (x, x_c)]
     room = config.max_new_tokens + config.rewrite * (config.max_new_tokens + 128)  # and the request

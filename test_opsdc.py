@@ -440,7 +440,9 @@ def test_families_train_in_fp32_as_on_full_logits(group, tmp_path, kind):
     paths = [tmp_path / str(seed) for seed in (1, 2)]
     for seed, path in enumerate(paths):
         tiny_model(kind, seed, **FAMILIES[kind]).to(stored).save_pretrained(path)
-    student, teacher = (opsdc.shard(opsdc.load_model(str(p), "auto"), False) for p in paths)
+    student, teacher = (
+        opsdc.shard(opsdc.load_model(str(p), "auto"), "float32", False) for p in paths
+    )
     loss, _ = opsdc.distillation_loss(student, teacher, TRIPLES, "reverse_kl", 5)
     loss.backward()
     norm = opsdc.clip_gradients(student, 1e9)  # scales nothing
@@ -453,7 +455,7 @@ def test_families_train_in_fp32_as_on_full_logits(group, tmp_path, kind):
     assert norm == pytest.approx(total.item(), rel=1e-5)
     teacher.reshard()
     opsdc.refresh(teacher, student, 1.0)
-    copy = opsdc.load_model(str(paths[1]))
+    copy = opsdc.load_model(str(paths[1]), "float32")
     opsdc.copy_to_sampler(teacher, copy)  # a copy of a copy, and from disk
     copy.save_pretrained(tmp_path / "saved")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
