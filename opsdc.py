@@ -28,7 +28,6 @@ Where they differ           the paper               its code                    
     4. closing reminder     once in each prompt     twice in the teacher's            the paper's
     5. trained token ids    not said                text tokenized again              as sampled
     6. MATH-500's problems  not said                4 are trained on                  left out
-    7. problems             about 13,600            unknown                           all but these
 
 Beyond the paper: --teacher, another model; --refresh_share, an average of students as teacher.
 
@@ -147,10 +146,8 @@ def prompt_pair(chat: Chat, instruction: str, style: str = "paper") -> tuple[Cha
     """The student's chat, x, and the teacher's, (x, c), for one problem.
 
     "What is 1 + 1?" with the instruction v1, shortened:
-        x         Solve the following math problem step by step. The last line of your response ...
-                  What is 1 + 1? ...
-        (x, c)    Solve the following math problem concisely and correctly. Be direct: avoid ...
-                  The last line of your response ... What is 1 + 1? ...
+        x         Solve the following ... step by step. The last line of ... What is 1 + 1? ...
+        (x, c)    Solve the following ... concisely and ... The last line of ... What is 1 + 1? ...
     In other styles c and an empty line stand in front of the student's text. With the instruction
     `none` the teacher gets x too. Raises BadInput for other single words and for unknown styles.
     """
@@ -258,11 +255,8 @@ CHUNK = 192  # positions whose logits exist at once
 
 
 class ChunkedDivergence(torch.autograd.Function):
-    """sum_t weight_t D(q_t, p_t) from states and heads, without the logits of all T positions.
-
-    The forward pass computes the gradients too: for one chunk of positions at a time it forms the
-    logits, differentiates `divergence`, and adds the result to the gradients of states and head.
-    """
+    """sum_t weight_t D(q_t, p_t) from states and heads, without the logits of all T positions: the
+    forward pass forms those of one chunk of positions at a time, and computes the gradients too."""
 
     @staticmethod
     def forward(ctx, student_states, student_head, teacher_states, teacher_head, weights, kind):
@@ -270,8 +264,7 @@ class ChunkedDivergence(torch.autograd.Function):
         vocabulary = min(len(student_head), len(teacher_head))  # without rows that pad only one
         q_head, p_head, chunks = student_head[:vocabulary], teacher_head[:vocabulary], []
         grad_states = torch.empty_like(student_states)
-        # (V, H) in fp32, the largest tensor: 2.5 GB for Qwen3-8B
-        grad_head = torch.zeros_like(student_head, dtype=torch.float32)
+        grad_head = torch.zeros_like(student_head, dtype=torch.float32)  # 2.5 GB for Qwen3-8B
         for start in range(0, len(weights), CHUNK):
             rows = slice(start, start + CHUNK)
             student_logits = project(student_states[rows], q_head).requires_grad_()  # (N, V)
@@ -345,10 +338,8 @@ def train(config: Config, complete: Callable[[Model, list[Ids], int], list[Ids]]
     student = shard(load_model(config.model), config)
     teacher = shard(load_model(config.teacher or config.model).requires_grad_(False), config)
     sampler = load_model(config.model, config.dtype, DEVICE)
-    asked = [ids for x, x_c, _ in prompts for ids in (x, x_c)]
-    sampler.generation_config = sampling_settings(
-        config, [sampler, teacher.model], tokenizer, asked
-    )
+    ids = [ids for *pair, _ in prompts for ids in pair]
+    sampler.generation_config = sampling_settings(config, [sampler, teacher.model], tokenizer, ids)
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(student.parameters(), **options)
     done = open_run(config, tokenizer, prompts)  # steps of the checkpoint to go on from, or 0
@@ -379,14 +370,12 @@ def train(config: Config, complete: Callable[[Model, list[Ids], int], list[Ids]]
         start = time.perf_counter()
         triples = list(zip(student_prompts, teacher_prompts, completions, strict=True))
         triples.sort(key=lambda triple: len(triple[-1]))  # less padding
-        statistics = []
-        for first in range(0, len(triples), config.micro_batch_size):
-            micro_batch = triples[first : first + config.micro_batch_size]
-            loss, of_completions = distillation_loss(
-                student, teacher, micro_batch, config.divergence, config.batch_size // ranks
-            )
+        size, share, statistics = config.micro_batch_size, len(triples), []  # share: B / ranks
+        for first in range(0, share, size):
+            part = triples[first : first + size]
+            loss, parts = distillation_loss(student, teacher, part, config.divergence, share)
             loss.backward()  # FSDP2 averages gradients over the ranks: together 1 / B
-            statistics += of_completions
+            statistics += parts
         teacher.reshard()  # frees its embedding and head; a backward pass frees the student's
 
         # "one step on (1/B) sum_i L_i"
@@ -402,8 +391,8 @@ def train(config: Config, complete: Callable[[Model, list[Ids], int], list[Ids]]
         due = interrupted or (config.save_every > 0 and step % config.save_every == 0)
         if rank == 0:
             log_step(output_dir, metrics, bar)
-            if due or step in (1, config.steps):
-                keep_rollouts(output_dir / f"rollouts-{step}.jsonl", tokenizer, triples, statistics)
+        if rank == 0 and (due or step in (1, config.steps)):
+            keep_rollouts(output_dir / f"rollouts-{step}.jsonl", tokenizer, triples, statistics)
         if due and step < config.steps:
             save(output_dir / f"step-{step}", tokenizer, sampler, student, teacher, optimizer)
             if interrupted:
