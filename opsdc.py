@@ -386,7 +386,7 @@ def train(config: Config, complete: Callable[[Model, list[Ids], int], list[Ids]]
         metrics["update_seconds"] = time.perf_counter() - start
 
         # Log and checkpoint
-        metrics |= batch_means(triples, statistics, sampler.generation_config, signals)
+        metrics |= batch_means(triples, statistics, sampler.generation_config.eos_token_id, signals)
         interrupted = metrics.pop("signals") > 0
         due = interrupted or (config.save_every > 0 and step % config.save_every == 0)
         if rank == 0:
@@ -568,15 +568,13 @@ def save(directory: Path, tokenizer: Tokenizer, sampler: Model, student: Scorer,
     dist.barrier()
 
 
-def batch_means(
-    triples: list[Triple], statistics: list, settings: GenerationConfig, signals: list[int]
-) -> dict[str, float]:
+def batch_means(triples: list, statistics: list, stop_ids: Ids, signals: list) -> dict[str, float]:
     """Means over the batch of each completion's mean statistics and length, and of whether it was
     cut at max_new_tokens; the number of signals on all ranks; this rank's peak of GPU memory."""
     rows = []
     for (_, _, y), of_tokens in zip(triples, statistics, strict=True):
         row = {name: values.mean().item() for name, values in of_tokens.items()}
-        cut = y[-1] not in settings.eos_token_id
+        cut = y[-1] not in stop_ids
         rows.append(row | {"completion_tokens": len(y), "truncated": cut, "signals": len(signals)})
     means = torch.tensor([[*row.values()] for row in rows], dtype=torch.float64).mean(0).to(DEVICE)
     dist.all_reduce(means)
@@ -707,11 +705,9 @@ IN_MATH500 = {"3361691622c4f773", "4384ad9cb9175c9f", "69c249395bcf1d7d", "f6800
 
 
 def encode_chats(tokenizer: Tokenizer, chats: list[Chat], **options) -> list[Ids]:
-    """Token ids by the model's own template, up to the opening of the assistant's turn.
-
-    Thinking is up to the model: Qwen3 writes <think> itself, DeepSeek-R1-Distill's template does.
-    Control tokens in a problem's text (<|im_end|>, say) are encoded as plain text.
-    """
+    """Token ids by the model's own template, up to the opening of the assistant's turn. Thinking is
+    up to the model: Qwen3 writes <think> itself, DeepSeek-R1-Distill's template does. Control
+    tokens in a problem's text (<|im_end|>, say) are encoded as plain text."""
     options |= {"sanitize_control_tokens": True, "return_dict": False}
     return tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options)
 
@@ -733,12 +729,12 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> list[tuple[Ids, Ids, C
         pair = prompt_pair(chat, config.instruction, config.prompt)
         with reading(f"a prompt for {config.model}"):
             x, x_c = encode_chats(tokenizer, [*pair])
-        fault = "student and teacher get equal prompts, which needs a --teacher"
-        require(config.teacher or x != x_c, fault)
+        require(config.teacher or x != x_c, "without a --teacher, equal prompts teach nothing")
         if len(x_c) <= config.max_prompt_tokens:
             kept.append((x, x_c, pair[0]))
-    found = f"{len(kept)} problems of {config.data} are within --max_prompt_tokens"
-    fault = f"{found}, too few for --batch_size {config.batch_size}"
+    fault = (
+        f"{config.data} has {len(kept)} problems within --max_prompt_tokens: too few for a batch"
+    )
     require(len(kept) >= config.batch_size, fault)
     return kept
 
@@ -756,8 +752,7 @@ def batches(items: list, batch_size: int, seed: int) -> Iterator[list]:
 
 
 def check_options(config: Config) -> None:
-    """Raises BadInput for options that are out of range or contradict each other, and for an
-    output_dir that is not empty."""
+    """Raises BadInput for options out of range or at odds, and for an output_dir in use."""
     may_be_0 = {"refresh_every", "save_every", "weight_decay", "seed"}
     for name, value in asdict(config).items():
         most = 1 if name in {"top_p", "learning_rate", "refresh_share"} else 2**32 - 1
@@ -773,13 +768,11 @@ def check_options(config: Config) -> None:
     require(config.refresh_share == 1 or not frozen, "--refresh_share needs --refresh_every")
     fault = f"--batch_size {config.batch_size} is no multiple of the processes"
     require(config.batch_size % dist.get_world_size() == 0, fault)
-    output_dir = Path(config.output_dir).expanduser()
-    with reading(f"--output_dir {output_dir}"):
-        names = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
-        fault = "it is not empty: choose another, or --resume an unfinished run"
-        require(not names or config.resume, fault)
-        fault = "it holds no unfinished run: choose another"
-        require(not names or ("run.json" in names and "finished" not in names), fault)
+    names = {path.name for path in Path(config.output_dir).expanduser().glob("*")}
+    unfinished = "run.json" in names and "finished" not in names
+    fault = "is not empty: choose another, or --resume an unfinished run"
+    allowed = not names or (config.resume and unfinished)
+    require(allowed, f"--output_dir {config.output_dir} {fault}")
 
 
 def start_ranks(dtype: str) -> None:
@@ -788,10 +781,10 @@ def start_ranks(dtype: str) -> None:
     transformers.utils.logging.disable_progress_bar()  # those of loading and saving
     if CUDA:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        if dtype == "bfloat16":
-            able = torch.cuda.is_bf16_supported(including_emulation=False)
-            require(able, "this GPU has no bf16: choose --dtype float32")
-            torch.set_float32_matmul_precision("high")  # TF32 for the gradient of the head
+        able = dtype == "float32" or torch.cuda.is_bf16_supported(including_emulation=False)
+        require(able, "this GPU has no bf16: choose --dtype float32")
+        precision = "high" if dtype == "bfloat16" else "highest"
+        torch.set_float32_matmul_precision(precision)  # high: TF32 for the gradient of the head
     launched = {"RANK", "WORLD_SIZE"} & os.environ.keys()
     alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     with reading("the environment of torchrun"):
