@@ -732,9 +732,7 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> list[tuple[Ids, Ids, C
         require(config.teacher or x != x_c, "without a --teacher, equal prompts teach nothing")
         if len(x_c) <= config.max_prompt_tokens:
             kept.append((x, x_c, pair[0]))
-    fault = (
-        f"{config.data} has {len(kept)} problems within --max_prompt_tokens: too few for a batch"
-    )
+    fault = f"{config.data} has {len(kept)} problems within --max_prompt_tokens, below --batch_size"
     require(len(kept) >= config.batch_size, fault)
     return kept
 
