@@ -653,7 +653,7 @@ def small_run(tiny):
 
 
 def test_two_ranks_equal_one_process_and_each_resumes_the_others_checkpoint(
-    monkeypatch, small_run, tmp_path
+    monkeypatch, small_run, tiny, tmp_path
 ):
     """Greedy by a tiny top_p; without it the ranks draw different samples of the same problem."""
     monkeypatch.setenv("LC_ALL", "C")
@@ -672,8 +672,11 @@ def test_two_ranks_equal_one_process_and_each_resumes_the_others_checkpoint(
         after = read_rows(directory / "metrics.jsonl")
         assert after[:3] == before[:3] and after[3] != before[3]  # by the times: one is redone
         close(outcome(directory), expected)
-    data = write_rows(tmp_path / "data.jsonl", [{"problem": "Why?"}] * 2)
-    run = [*small_run, f"--data={data}", f"--output_dir={tmp_path}/run"]
+    data = write_rows(tmp_path / "data.jsonl", [{"problem": "Why?"}, {"problem": " Why?"}])
+    model, trim = shutil.copytree(tiny, tmp_path / "model"), "message.content | trim"
+    template = TOKENIZER.chat_template.replace("message.content", trim)  # one prompt for both
+    change(model / "chat_template.jinja", template)
+    run = [*small_run, f"--data={data}", f"--model={model}", f"--output_dir={tmp_path}/run"]
     assert "--batch_size 1 is no multiple" in start(opsdc, *run, "--batch_size=1", ranks=2)[1]
     assert start(opsdc, *run, "--batch_size=2", ranks=2)[0] == 0
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
@@ -738,7 +741,13 @@ def test_every_rollout_ends_at_a_stop_id_of_model_or_tokenizer(tmp_path):
     model, run = shutil.copytree(TOY, tmp_path / "model"), tmp_path / "run"
     shipped = {"eos_token_id": 0, "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6}
     change(model / "generation_config.json", json.dumps(shipped))
-    flags = {"model": model, "data": TOY / "train.jsonl", "batch_size": 4, "steps": 2}
+    flags = {
+        "model": model,
+        "data": TOY / "train.jsonl",
+        "batch_size": 4,
+        "steps": 2,
+        "max_new_tokens": 256,
+    }
     for teacher in ({}, {"teacher": TOY / "teacher", "refresh_every": 0}):
         calls = record(flags | teacher | {"output_dir": run, "save_every": 1})
         for y in (y for asked in calls for y in asked.completions):
@@ -774,6 +783,7 @@ def test_a_part_of_a_checkpoint_trains_and_says_so(tiny, small_run, tmp_path):
     run = [*small_run, f"--model={path}", "--steps=1", f"--output_dir={tmp_path}/run"]
     code, said = start(opsdc, *run)
     assert code == 0, said
+    print(said)
     line, step = said.strip().splitlines()
     assert str(path) in line and "model.visual.x" in line and step.startswith("step 1: ")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run")
@@ -839,7 +849,11 @@ def test_only_an_unfinished_run_of_its_kind_is_resumed(monkeypatch, small_run, t
         (out / "run.json", "", "run.json"),
         (out / "run.json", {"config": config | {"x": 1}}, "--x 1"),
         (out / "run.json", {"config": old}, "--prompt paper"),  # what it lacks was the default
-        (model / "data.jsonl", '{"problem": "Why not?"}\n' * 10, "other prompts"),
+        (
+            model / "data.jsonl",
+            (model / "data.jsonl").read_bytes() + b'{"problem": "A"}',
+            "other prompts",
+        ),
         (model / "chat_template.jinja", TOKENIZER.chat_template, "other prompts"),
         (newest / "__0_0.distcp", "", goes_on),
         (newest / "__0_0.distcp", shards[: len(shards) // 2], goes_on),
