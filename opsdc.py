@@ -346,6 +346,9 @@ def train(config: Config, complete: Callable[[Model, list[Ids], int], list[Ids]]
     if done:
         load_checkpoint(output_dir / f"step-{done}", student, teacher, optimizer)
         copy_to_sampler(student, sampler)
+    log = output_dir / "metrics.jsonl"
+    if rank == 0 and log.exists():  # steps that are done again are logged again
+        os.truncate(log, sum(map(len, log.read_bytes().splitlines(True)[:done])))
     bar = tqdm(initial=done, total=config.steps, unit="step", disable=QUIET)
     signals = catch_signals()  # grows with Ctrl-C and the like
     data = enumerate(batches(prompts, config.batch_size, config.seed), 1)
@@ -530,9 +533,6 @@ def open_run(config: Config, tokenizer: Tokenizer, prompts: list) -> int:
         steps = [int(file.parent.name[5:]) for file in path.parent.glob("step-*/.metadata")]
         done = max(steps, default=0)
         require(done <= config.steps, f"{done} steps are done, more than --steps {config.steps}")
-    log = path.with_name("metrics.jsonl")
-    if dist.get_rank() == 0 and log.exists():
-        os.truncate(log, sum(map(len, log.read_bytes().splitlines(True)[:done])))
     return done
 
 
