@@ -777,6 +777,7 @@ def start_ranks(dtype: str) -> None:
     """Joins torchrun's process group, or makes a group of one process; claims this rank's GPU.
     Raises BadInput if the GPU lacks the dtype or the environment is incomplete."""
     transformers.utils.logging.disable_progress_bar()  # those of loading and saving
+    transformers.utils.logging.set_verbosity_error()  # no table of weights that are left out
     if CUDA:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         able = dtype == "float32" or torch.cuda.is_bf16_supported(including_emulation=False)
