@@ -545,6 +545,7 @@ def training_state(student: Scorer, teacher: Scorer, optimizer: Any) -> dict[str
 def load_checkpoint(directory: Path, student: Scorer, teacher: Scorer, optimizer: Any) -> None:
     """Reads what `save` has written, on any number of ranks."""
     with reading(f"{directory} (removed, --resume goes on from an older one)"):
+        dcp.FileSystemReader(directory).read_metadata()  # a broken one, without torch's traceback
         dcp.load(training_state(student, teacher, optimizer), checkpoint_id=directory)
 
 

@@ -783,7 +783,6 @@ def test_a_part_of_a_checkpoint_trains_and_says_so(tiny, small_run, tmp_path):
     run = [*small_run, f"--model={path}", "--steps=1", f"--output_dir={tmp_path}/run"]
     code, said = start(opsdc, *run)
     assert code == 0, said
-    print(said)
     line, step = said.strip().splitlines()
     assert str(path) in line and "model.visual.x" in line and step.startswith("step 1: ")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run")
@@ -1168,7 +1167,7 @@ def test_an_error_ends_a_program_with_one_line_and_no_update(monkeypatch, small_
 
 
 MODEL = table(r"""chat_template.jinja => null => chat_template is not set
-    chat_template.jinja => "Why?" => get equal prompts | model.safetensors => "" => deserializing
+    chat_template.jinja => "Why?" => equal prompts | model.safetensors => "" => deserializing
     config.json => "{" => not a valid JSON | config.json => {"model_type": "t5"} => T5Config
     config.json => {"hidden_size": 64} => model can't be used
     config.json => {"model_type": "x", "auto_map": {"AutoConfig": "own.X"}} => model can't be used
