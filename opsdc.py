@@ -421,11 +421,13 @@ def load_model(name: str, dtype: str = "auto", device: Any = "cpu") -> Model:
     """A causal language model in evaluation mode; dtype "auto" is the stored one. Raises BadInput
     if weights are missing, or if its logits are not final hidden states times its head."""
     with reading(name):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
-        missing = sorted(info["missing_keys"])
-        require(not missing, f"of its weights {missing[:1]} is missing")
+        settings = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        require(not hasattr(settings, "quantization_config"), "its weights are quantized")
+        options = {"trust_remote_code": False, "ignore_mismatched_sizes": True, "dtype": dtype}
+        options |= {"output_loading_info": True}  # for messages of one line
+        model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+        lost = sorted([*info["missing_keys"], *(weight for weight, *_ in info["mismatched_keys"])])
+        require(not lost, f"of its weights {lost[:1]} is missing or has another shape")
         if getattr(model.config, "output_router_logits", False):
             model.config.output_router_logits = False  # the method has no auxiliary loss
         head, ids = model.to(device).get_output_embeddings(), torch.arange(8, device=device)[None]

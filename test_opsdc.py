@@ -1169,7 +1169,8 @@ def test_an_error_ends_a_program_with_one_line_and_no_update(monkeypatch, small_
 MODEL = table(r"""chat_template.jinja => null => chat_template is not set
     chat_template.jinja => "Why?" => equal prompts | model.safetensors => "" => deserializing
     config.json => "{" => not a valid JSON | config.json => {"model_type": "t5"} => T5Config
-    config.json => {"hidden_size": 64} => model can't be used
+    config.json => {"hidden_size": 64} => embed_tokens.weight'] is missing or has another shape
+    config.json => {"quantization_config": {"quant_method": "fp8"}} => weights are quantized
     config.json => {"model_type": "x", "auto_map": {"AutoConfig": "own.X"}} => model can't be used
     generation_config.json => {"eos_token_id": [1, 821]} => its stop ids [1, 821, 2]
     model.safetensors => null => no file named model.safetensors
