@@ -313,37 +313,32 @@ def test_problems_and_answers_are_read_as_written(tmp_path):
 
 def test_problems_are_read_from_files_of_every_kind(tmp_path):
     parts = [{"type": "text", "text": text} for text in ("7 + ", "8?")]
-    row = '{"problem": null, "question": "7 + 8?", "prompt": ""}\n'
-    row += json.dumps({"prompt": [{"role": "user", "content": parts}]})
-    table = "problem,question\n,7 + 8?\n7 + 8?,"
-    for name, text in {"a.JSONL": row, "a.json": row, "a.csv": table, "A.Csv": table}.items():
-        for end, compress in {"": bytes, ".gz": gzip.compress, ".GZ": gzip.compress}.items():
-            for mark in ("", "\ufeff"):
-                path = tmp_path / f"{name}{end}"
-                path.write_bytes(compress(f"{mark}{text}\n\n".encode()))
-                assert [*map(opsdc.read_chat, opsdc.load_rows(str(path)))] == [user("7 + 8?")] * 2
+    rows = '{"problem": null, "question": "7 + 8?", "prompt": ""}\n'
+    rows += json.dumps({"prompt": [{"role": "user", "content": parts}]})
+    cells = "problem,question\n,7 + 8?\n7 + 8?,"
+    files = {"a.JSONL": rows, "a.json": rows, "a.csv": cells, "A.Csv": cells}.items()
+    packings = {"": bytes, ".gz": gzip.compress, ".GZ": gzip.compress}.items()
+    for (name, text), (end, pack), mark in itertools.product(files, packings, ("", "\ufeff")):
+        path = tmp_path / f"{name}{end}"
+        path.write_bytes(pack(f"{mark}{text}\n\n".encode()))
+        assert [*map(opsdc.read_chat, opsdc.load_rows(str(path)))] == [user("7 + 8?")] * 2
 
 
 def test_configurations_and_splits_of_a_dataset(tmp_path):
     """A directory of the form of openai/gsm8k."""
-    lines = ["---", "configs:"]
-    for config in ("main", "socratic"):
-        lines += [f"- config_name: {config}", "  data_files:"]
-        for split in ("train", "test"):
-            path = tmp_path / config / f"{split}-00000-of-00001.parquet"
-            opsdc.datasets.Dataset.from_list([{"question": config + split}]).to_parquet(path)
-            lines += [f"  - split: {split}", f"    path: {config}/{split}-*"]
-    (tmp_path / "README.md").write_text("\n".join([*lines, "---"]))
-    for source, split, question in (
-        ("main", "train", "maintrain"),
-        ("socratic", "test", "socratictest"),
-        ("main:test", "train", "maintest"),
+    configs = {"main": [], "socratic": []}
+    for name, split in itertools.product(configs, ("train", "test")):
+        path = write_rows(tmp_path / f"{name}-{split}.jsonl", [{"question": name + split}])
+        configs[name].append({"split": split, "path": path})
+    header = [{"config_name": name, "data_files": files} for name, files in configs.items()]
+    (tmp_path / "README.md").write_text(f"---\n{json.dumps({'configs': header})}\n---")
+    for question, end, *split in table(
+        "maintrain=>main | socratictest=>socratic=>test | maintest=>main:test=>train"
     ):
-        rows = opsdc.load_rows(f"{tmp_path}:{source}", split)
-        assert list(rows) == [{"question": question}]
-    for source, names in {"": "main.*socratic", ":main:dev": "train.*test"}.items():
+        assert list(opsdc.load_rows(f"{tmp_path}:{end}", *split)) == [{"question": question}]
+    for end, names in {"": "main.*socratic", ":main:dev": "train.*test"}.items():
         with pytest.raises(opsdc.BadInput, match=names):
-            next(opsdc.load_rows(f"{tmp_path}{source}"))
+            next(opsdc.load_rows(f"{tmp_path}{end}"))
 
 
 def test_the_prompt_opens_the_assistants_turn_and_control_tokens_in_a_problem_are_text():
@@ -504,6 +499,9 @@ def test_families_train_in_fp32_as_on_full_logits(group, tmp_path, kind):
     close((loss, found), (expected, gradients))
     total = torch.nn.utils.get_total_norm(list(gradients.values()))
     assert norm == pytest.approx(total.item(), rel=1e-5)
+    halves = (opsdc.shard(opsdc.load_model(str(p)), opsdc.Config(dtype="bfloat16")) for p in paths)
+    loss, _ = opsdc.distillation_loss(*halves, TRIPLES, "reverse_kl", 5)
+    assert 0 < abs(loss.item() / expected.item() - 1) < 0.05
     teacher.reshard()
     opsdc.refresh(teacher, student, 1.0)
     copy = opsdc.load_model(str(paths[1]), "float32")
@@ -652,12 +650,10 @@ def small_run(tiny):
     return [*run, "--learning_rate=1e-3", "--rollout_batch_size=4", "--prompt=plain"]
 
 
-def test_two_ranks_equal_one_process_and_each_resumes_the_others_checkpoint(
-    monkeypatch, small_run, tiny, tmp_path
-):
+def test_two_ranks_equal_one_and_each_resumes_the_other(monkeypatch, small_run, tiny, tmp_path):
     """Greedy by a tiny top_p; without it the ranks draw different samples of the same problem."""
     monkeypatch.setenv("LC_ALL", "C")
-    greedy = [*small_run, "--top_p=1e-6", "--steps=4", "--save_every=3"]
+    greedy = [*small_run, "--top_p=1e-6", "--steps=4", "--save_every=3", "--refresh_share=0.3"]
     one, two = tmp_path / "one", tmp_path / "zwölf 二"
     code, said = start(opsdc, *greedy, "--offload=True", f"--output_dir={one}")
     assert code == 0, said
@@ -673,9 +669,8 @@ def test_two_ranks_equal_one_process_and_each_resumes_the_others_checkpoint(
         assert after[:3] == before[:3] and after[3] != before[3]  # by the times: one is redone
         close(outcome(directory), expected)
     data = write_rows(tmp_path / "data.jsonl", [{"problem": "Why?"}, {"problem": " Why?"}])
-    model, trim = shutil.copytree(tiny, tmp_path / "model"), "message.content | trim"
-    template = TOKENIZER.chat_template.replace("message.content", trim)  # one prompt for both
-    change(model / "chat_template.jinja", template)
+    model, trim = shutil.copytree(tiny, tmp_path / "model"), ("content", "content | trim")
+    change(model / "chat_template.jinja", TOKENIZER.chat_template.replace(*trim))  # one prompt
     run = [*small_run, f"--data={data}", f"--model={model}", f"--output_dir={tmp_path}/run"]
     assert "--batch_size 1 is no multiple" in start(opsdc, *run, "--batch_size=1", ranks=2)[1]
     assert start(opsdc, *run, "--batch_size=2", ranks=2)[0] == 0
@@ -691,7 +686,8 @@ FULL = (GENERATE, 1, "full disk")
 def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_path):
     """By kills, Ctrl-C, a closed terminal and full disks."""
     whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
-    assert start(opsdc, *small_run, f"--output_dir={whole}")[0] == 0
+    run = [*small_run, "--refresh_share=0.3"]
+    assert start(opsdc, *run, f"--output_dir={whole}")[0] == 0
     disturbances = [  # accidents at calls; exit code, words, newest checkpoint, rows of the log
         ([(GENERATE, 2, KILL)], -9, "", 0, 1),
         ([FULL], 1, "step-2 can't be saved", 0, 2),
@@ -711,8 +707,8 @@ def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_p
     kept = {}
     for accidents, expected, words, newest, rows in disturbances:
         assert not (disturbed / "finished").exists()
-        run = [*small_run, f"--output_dir={disturbed}", "--resume"]
-        code, said = start(opsdc, *run, accidents=accidents)
+        resume = [*run, f"--output_dir={disturbed}", "--resume"]
+        code, said = start(opsdc, *resume, accidents=accidents)
         assert code == expected and words in said and "Traceback" not in said, said
         assert code not in (1, 130) or "--resume goes on" in said
         complete = [path.parent for path in disturbed.glob("step-*/.metadata")]
@@ -741,16 +737,11 @@ def test_every_rollout_ends_at_a_stop_id_of_model_or_tokenizer(tmp_path):
     model, run = shutil.copytree(TOY, tmp_path / "model"), tmp_path / "run"
     shipped = {"eos_token_id": 0, "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6}
     change(model / "generation_config.json", json.dumps(shipped))
-    flags = {
-        "model": model,
-        "data": TOY / "train.jsonl",
-        "batch_size": 4,
-        "steps": 2,
-        "max_new_tokens": 256,
-    }
+    flags = {"model": model, "data": TOY / "train.jsonl", "output_dir": run, "save_every": 1}
+    flags |= {"batch_size": 4, "steps": 2, "max_new_tokens": 256}
     for teacher in ({}, {"teacher": TOY / "teacher", "refresh_every": 0}):
-        calls = record(flags | teacher | {"output_dir": run, "save_every": 1})
-        for y in (y for asked in calls for y in asked.completions):
+        calls = record(flags | teacher)
+        for y in sum((asked.completions for asked in calls), []):
             assert y[-1] == TOKENIZER.eos_token_id not in y[:-1]
         for directory in (run, run / "step-1"):
             assert AutoModelForCausalLM.from_pretrained(directory)
@@ -759,63 +750,32 @@ def test_every_rollout_ends_at_a_stop_id_of_model_or_tokenizer(tmp_path):
         shutil.rmtree(run)
 
 
-def test_bfloat16_is_near_float32(tiny, tmp_path):
-    flags = {"model": tiny, "data": tiny / "data.jsonl", "output_dir": tmp_path, "steps": 2}
-    flags |= {"dtype": "bfloat16", "learning_rate": 1e-3, "prompt": "plain", "batch_size": 4}
-    calls = record(flags | {"instruction": "Answer in a word.", "max_new_tokens": 12})
-    student, teacher = (AutoModelForCausalLM.from_pretrained(tiny).eval() for _ in range(2))
-    for asked, row in zip(calls, read_rows(tmp_path / "metrics.jsonl"), strict=True):
-        assert {weight.dtype for weight in asked.weights.values()} == {torch.bfloat16}
-        student.load_state_dict(asked.weights)
-        texts = TOKENIZER.batch_decode(asked.prompts)
-        told = [text.replace("user\n", "user\nAnswer in a word.\n\n") for text in texts]
-        triples = zip(asked.prompts, TOKENIZER(told)["input_ids"], asked.completions, strict=True)
-        loss, *_ = by_the_book(student, teacher, triples, "reverse_kl").tolist()
-        assert 0 < abs(row["loss"] / loss - 1) < 0.05
-
-
 def test_a_part_of_a_checkpoint_trains_and_says_so(tiny, small_run, tmp_path):
-    """A mixture of experts, as the text model of one that also sees."""
+    """In bf16, a mixture of experts, as the text model of one that also sees."""
     model = tiny_model("qwen3_moe", vocab_size=821, **MIXTURE)
     path = shutil.copytree(tiny, tmp_path / "model")
     weights = model.state_dict() | {"model.visual.x": torch.ones(2)}
     model.save_pretrained(path, state_dict=weights)
-    run = [*small_run, f"--model={path}", "--steps=1", f"--output_dir={tmp_path}/run"]
-    code, said = start(opsdc, *run)
+    run = [*small_run, f"--model={path}", "--steps=2", f"--output_dir={tmp_path}/run"]
+    code, said = start(opsdc, *run, "--dtype=bfloat16")
     assert code == 0, said
-    line, step = said.strip().splitlines()
-    assert str(path) in line and "model.visual.x" in line and step.startswith("step 1: ")
+    line, *steps = said.strip().splitlines()
+    assert str(path) in line and "model.visual.x" in line
+    assert [step[:7] for step in steps] == ["step 1:", "step 2:"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run")
 
 
 def test_equal_models_with_equal_prompts_have_nothing_to_learn(tiny, small_run, tmp_path):
-    teacher = shutil.copytree(tiny, tmp_path / "teacher")
-    flags = [f"--teacher={teacher}", "--instruction=none", "--refresh_every=0", "--steps=1"]
-    assert call(opsdc, *small_run, *flags, f"--output_dir={tmp_path}/run")[0] == 0
+    run = [*small_run, f"--teacher={shutil.copytree(tiny, tmp_path / 'a')}", "--instruction=none"]
+    run += ["--refresh_every=0", "--steps=1", f"--output_dir={tmp_path}/run"]
+    assert call(opsdc, *run)[0] == 0
     (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert abs(row["loss"]) < 1e-7 and row["grad_norm"] < 1e-5
 
 
-def test_a_teacher_with_other_words_is_refused(tiny, small_run, tmp_path):
-    tokenizer, teacher = AutoTokenizer.from_pretrained(TOY), shutil.copytree(tiny, tmp_path / "b")
-    tokenizer.add_tokens(["another"])
-    tokenizer.save_pretrained(teacher)
-    run = [*small_run, f"--teacher={teacher}", "--refresh_every=0", f"--output_dir={tmp_path}/a"]
-    refused(opsdc, run, f"the tokenizer of {teacher} has other words than that of", tmp_path)
-
-
-def test_a_tokenizer_that_cannot_be_saved_is_refused(monkeypatch, small_run, tmp_path):
-    monkeypatch.setattr(opsdc.Tokenizer, "save_pretrained", Mock(side_effect=TypeError("no json")))
-    refused(opsdc, [*small_run, f"--output_dir={tmp_path}/a"], "can't be used: no json", tmp_path)
-
-
-LARGER = "--teacher={other} --refresh_every=0 "
-AVERAGE = "--refresh_share=0.3 --refresh_every=1"
-
-
-@pytest.mark.parametrize("flags", [LARGER + "--instruction=none", AVERAGE])
-def test_each_holds_on_two_ranks_and_after_a_kill(flags, other, small_run, tmp_path):
-    run = [*small_run, *flags.format(other=other).split(), "--steps=4", "--top_p=1e-6"]  # greedy
+def test_a_larger_teacher_holds_on_two_ranks_and_after_a_kill(other, small_run, tmp_path):
+    run = [*small_run, f"--teacher={other}", "--refresh_every=0", "--instruction=none"]
+    run += ["--steps=4", "--top_p=1e-6"]  # greedy
     whole, killed, two = (tmp_path / name for name in ("whole", "killed", "two"))
     assert start(opsdc, *run, f"--output_dir={whole}")[0] == 0
     resume = [*run, f"--output_dir={killed}", "--resume"]
@@ -829,8 +789,8 @@ def test_each_holds_on_two_ranks_and_after_a_kill(flags, other, small_run, tmp_p
 def test_only_an_unfinished_run_of_its_kind_is_resumed(monkeypatch, small_run, tiny, tmp_path):
     model = shutil.copytree(tiny, tmp_path / "model")
     change(model / "chat_template.jinja", "{{ strftime_now('%Y') }}" + TOKENIZER.chat_template)
-    run = [*small_run, f"--model={model}", f"--data={model}/data.jsonl", "--steps=3"]
-    run += ["--save_every=1"]
+    data = model / "data.jsonl"
+    run = [*small_run, f"--model={model}", f"--data={data}", "--steps=3", "--save_every=1"]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert call(opsdc, *run, "--output_dir=~/run")[0] == 0  # ~ is the home directory
     out, resume = tmp_path / "run", [*run, f"--output_dir={tmp_path}/run", "--resume"]
@@ -841,38 +801,32 @@ def test_only_an_unfinished_run_of_its_kind_is_resumed(monkeypatch, small_run, t
     refused(opsdc, [*resume, "--steps=1"], "2 steps are done", out)
     config = json.loads((out / "run.json").read_text())["config"]
     old = {name: value for name, value in config.items() if name != "prompt"}
-    newest, shards = out / "step-2", (out / "step-2" / "__0_0.distcp").read_bytes()
-    goes_on = f"{newest} (removed, --resume goes on from an older one) can't be used"
+    newest, shards = out / "step-2" / ".metadata", out / "step-2" / "__0_0.distcp"
+    goes_on = f"{newest.parent} (removed, --resume goes on from an older one) can't be used"
     for file, new, message in (
         (out / "run.json", "{", "run.json"),
         (out / "run.json", "", "run.json"),
         (out / "run.json", {"config": config | {"x": 1}}, "--x 1"),
         (out / "run.json", {"config": old}, "--prompt paper"),  # what it lacks was the default
-        (
-            model / "data.jsonl",
-            (model / "data.jsonl").read_bytes() + b'{"problem": "A"}',
-            "other prompts",
-        ),
+        (data, data.read_text() + '{"problem": "Why not?"}', "other prompts"),
         (model / "chat_template.jinja", TOKENIZER.chat_template, "other prompts"),
-        (newest / "__0_0.distcp", "", goes_on),
-        (newest / "__0_0.distcp", shards[: len(shards) // 2], goes_on),
-        (newest / ".metadata", "", goes_on),
-        (newest / ".metadata", (newest / ".metadata").read_bytes()[:-99], goes_on),
+        (shards, "", goes_on),
+        (shards, shards.read_bytes()[: shards.stat().st_size // 2], goes_on),
+        (newest, "", goes_on),
+        (newest, newest.read_bytes()[:-99], goes_on),
     ):
         good = change(file, new)
         refused(opsdc, resume, message, out)
-        if newest == file.parent:  # torch says nothing beside it
-            code, said = start(opsdc, *resume)
-            assert code == 2 and said.count("\n") == 1, said
+        if message == goes_on:  # torch says nothing beside it
+            assert start(opsdc, *resume)[1].count("\n") == 1
         change(file, good)
-    change(newest / ".metadata", None)  # as if saving had been cut short
-    before = read_rows(out / "metrics.jsonl")
-    with monkeypatch.context() as patch:  # on another day
-        patch.setattr(opsdc.transformers.utils.chat_template_utils, "datetime", Mock())
-        assert call(opsdc, *resume, "--steps=4", "--save_every=0")[0] == 0
+    newest.unlink()  # as if saving had been cut short
+    day, before = Mock(), read_rows(out / "metrics.jsonl")
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", day)  # another one
+    assert call(opsdc, *resume, "--steps=4", "--save_every=0")[0] == 0 and day.now.called
     after = read_rows(out / "metrics.jsonl")
     assert [row["step"] for row in after] == [1, 2, 3, 4]
-    assert before[0] == after[0] and before[1] != after[1]
+    assert before[0] == after[0] and before[1] != after[1]  # by the times: step 2 is redone
 
 
 def test_a_gpu_without_bf16_is_refused(monkeypatch):
@@ -1174,8 +1128,11 @@ MODEL = table(r"""chat_template.jinja => null => chat_template is not set
     config.json => {"model_type": "x", "auto_map": {"AutoConfig": "own.X"}} => model can't be used
     generation_config.json => {"eos_token_id": [1, 821]} => its stop ids [1, 821, 2]
     model.safetensors => null => no file named model.safetensors
-    tokenizer_config.json => {"extra_special_tokens": ["assistant\n"]} => or for a word of a""")
+    tokenizer_config.json => {"extra_special_tokens": ["assistant\n"]} => or for a word of a
+    tokenizer_config.json => {"backend_tokenizer": 1} => not JSON serializable""")
 FAULTS = [(opsdc, "", f"model/{file}", json.loads(new), said) for file, new, said in MODEL]
+TEACHER, WORDS = "--teacher=toy --refresh_every=0", {"extra_special_tokens": ["another"]}
+FAULTS += [(opsdc, TEACHER, "model/tokenizer_config.json", WORDS, "of toy has other words than")]
 DATA = table(r"""=> has no rows | [1, 2] => row 1 ... its columns are [], without a problem
     {"problem": null} => row 1 | {"text": "", "id": 1} => row 1 ... its columns are ['text', 'id']
     {"problem": "a"}¶{"problem": " "} => row 2 ... ends with a text of the user
