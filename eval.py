@@ -10,8 +10,10 @@ Each response gets four verdicts, all by math-verify:
     boxed_only     the paper's second path: the whole response
     dual           the paper's (version 2): right if one of its two paths is right
 
-`final` refuses on purpose: a number that no `Answer:` and no box states, a sentence around a number
-other than "the answer is 5", rounded decimals, a box or a thinking block that is not closed.
+`final` reads a box, `Answer: 5` or `Answer = 5`, a heading `Answer` above the answer, and at
+the very end "the answer is 5" or `#### 5`. It refuses on purpose: a number that none of these
+states, another sentence around a number, rounded decimals, a list for a point, a box or a thinking
+block that is not closed.
 
 Samples are rows of samples-RANK.jsonl in --output_dir, written batch by batch. The same command
 continues an interrupted evaluation, also on another number of ranks (`torchrun --nproc-per-node 8
@@ -122,10 +124,17 @@ WORKER_MEMORY = 2 << 30  # bytes, beside what a worker starts with
 
 # A line "Answer: X", with markdown or "the final" before it; inside a line only with a capital,
 # because "we check our answer: ..." states nothing. A display needs no colon before it.
+NAME = r"(?:(?i:the|my|final|correct)[ \t]+)*(?i:answers?)"
+LINE, CAPITAL = rf"^[ \t>#*_-]*{NAME}", r"\bA(?:nswers?|NSWERS?)"
+# Without a colon an answer must begin at once, and be no item of a numbered list.
+BARE = r"(?=\**[-\d$\\({\[√π])(?!\d+[.)][ \t])"
 ANSWER = re.compile(
-    r"(?:^[ \t>#*_-]*(?:(?i:the|my|final)[ \t]+)*(?i:answers?)|\bA(?:nswers?|NSWERS?))"
-    r"(?:[ \t]+(?:is|are))?[*_ \t]{0,9}(?::|\s{0,9}(?=\$\$|\\\[))"
-    r"|\banswers?[ \t]+(?:is|are)[*_ \t]{0,9}:?\s{0,9}(?=\$\$|\\\[)",
+    rf"(?:{LINE}|{CAPITAL})(?:[ \t]+(?:is|are))?[*_ \t]{{0,9}}(?::|\s{{0,9}}(?=\$\$|\\\[))"
+    r"|\banswers?[ \t]+(?:is|are)[*_ \t]{0,9}:?\s{0,9}(?=\$\$|\\\[)"
+    rf"|{CAPITAL}[*_ \t]{{0,9}}=|{LINE}[*_ \t]{{0,9}}\n\s{{0,9}}{BARE}"  # the second: a heading
+    r"|(?:^[ \t>#*_-]*|[.!?][ \t]+\**)(?:(?:So|Thus|Hence|Therefore),?[ \t]+)?"  # the last sentence
+    rf"{NAME}[ \t]+(?:is|are)[ \t]+{BARE}(?=(?:[^\n.]|\.(?=\S)){{1,200}}\Z)"
+    r"|^####[ \t]*(?=[-+$\\\d.,/% ]{1,50}\Z)",  # the last line, as in GSM8K
     re.M,
 )
 DISPLAY = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]", re.S)
@@ -134,17 +143,17 @@ END = re.compile(r"\n|\.\s|[\s,;]+\(?(?:since|because)\b|,\s+(?:as|which)\b")
 # Formulas between dollars or brackets; "$1$, $2$ and $3$" counts as one.
 FORMULA = r"(?:(?<!\\)\$\$?(?:\\\$|[^$])+\$\$?|\\\(.+?\\\)|\\\[.+?\\\])"
 FORMULAS = re.compile(rf"{FORMULA}(?:(?:[\s,;]|and|or)*{FORMULA})*", re.S)
-# math-verify takes 5 million for 5, 52_7 for 52_8 and the set {1, 2} for the point (1, 2).
+# math-verify takes 5 million for 5, 52 for 52_8, and 1, 2 or the set {1, 2} for the point (1, 2).
 NUMBER_WORD = r"dozen|hundred|thousand|\w+illion"
-BASE, BRACKET = r"\d_\{?(\w+)", r"(\\\{|\()[^(){}]*,"
+BASE, BRACKET = r"\d_\{?(\w+)", r"(\\\{|(?<!\\)\()[^()]*,"
 UNIT = r"(?<=\d)\s*(?:[€£¥]|(?:[cdkm]m|in|ft)\^?[23²³]|m[²³])$"  # not in math-verify
-# A number and at most three words, none of which can change its value: "5 dollars", "5 red balls".
+# A number and at most three words that can't change its value: "5 dollars", "5 (see above)".
 CHANGES = (
     rf"(?:{NUMBER_WORD}|third|quarter|\w+th)s?|half|halves|percent\w*|squared|cubed|times|plus|"
     r"minus|over|root|sqrt|factorial|mod\w*|base|log|sin|cos|tan|alpha|beta|theta|and|for|when|"
     r"where|unless|with|without|more|less|than|not|are"
 )
-WORDS = rf"(?:\s+(?!(?:{CHANGES})\b)[a-zA-Z]{{3,}}){{1,3}}"
+WORDS = rf"(?:\s+\(?(?!(?:{CHANGES})\b)[a-zA-Z]{{3,}}\)?){{1,3}}"
 WITH_WORDS = re.compile(rf"(\\?\$?-?\d[\d,]*(?:\.\d+)?)\**{WORDS}")
 
 
@@ -157,14 +166,15 @@ def paper_answer(response: str) -> str:
 
 def final_answer(response: str) -> str:
     """The answer stated last after the thinking, for math-verify; "" where there is none."""
-    text = re.sub(r"\\(?:boxed|fbox)\s*\{\s*\}", "", response.rpartition("</think>")[2])
+    text = response.rpartition("</think>")[2].rstrip("*_. \t\r\n")
+    text = re.sub(r"\\(?:boxed|fbox)\s*\{\s*\}", "", text)
     mark = max((match.end() for match in ANSWER.finditer(text)), default=-1)
     box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if "<think>" in text or box == mark == -1:
         return ""  # it was still thinking when it ended, or states nothing
-    if box >= mark:  # it may stand in a line with others, all of them the answer
-        line = max(text.rfind("\n", 0, box), box - LONGEST_ANSWER) + 1
-        answer = extract_boxed_content(text[line : box + LONGEST_ANSWER], "last")
+    if box >= mark:  # it may stand in a sentence with others, all of them the answer
+        sentence = re.split(r"\n|[.!?]\s", text[max(0, box - LONGEST_ANSWER) : box])[-1]
+        answer = extract_boxed_content(sentence + text[box : box + LONGEST_ANSWER], "last")
         return rf"\boxed{{{plain(answer)}}}" if answer.count("{") == answer.count("}") else ""
     rest = text[mark:].lstrip(" \t\r\n*_")[: LONGEST_ANSWER + 1]
     if display := DISPLAY.match(rest):
@@ -184,20 +194,30 @@ def final_answer(response: str) -> str:
 
 
 def plain(answer: str) -> str:
-    """The answer with LaTeX for a root sign, degrees and a bare `pi`, and 1\\,234 as 1234."""
+    """The answer with LaTeX for a root sign, degrees and a bare `pi`; a time of day as a text;
+    12^{th} as 12; 1\\,234 and 1 234 as 1234."""
     answer = re.sub(r"√(\d+|\w|\([^()]*\))", r"\\sqrt{\1}", answer.replace("°", r"^\circ"))
-    answer = re.sub(r"(?<=\d)\\,(?=\d{3}(?!\d))", "", answer)
+    answer = re.sub(r"(?<=\d)(?:\\,|~|\\?\s)(?=\d{3}(?!\d))", "", answer)
+    ends = re.compile(r"\\(?:text|mathrm)\{\s*([\d:\s]*[ap]\.?m\.?|st|nd|rd|th)\s*\}", re.I)
+    time = re.compile(r"(\d?\d:\d\d)[\s~]*([ap])\.?m\b\.?", re.I)
+    answer = time.sub(lambda m: rf"\text{{{m[1]} {m[2].lower()}.m.}}", ends.sub(r"\1", answer))
+    answer = re.sub(r"(?<=\d)\^(?:\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th)\b)", "", answer)
     return re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi", answer)
 
 
 def contradicts(gold: str, text: str) -> bool:
-    """Whether number words differ, or bases or brackets where both have some."""
+    """Whether number words, bases or brackets differ: bases where gold has some, brackets where
+    both have some, or where the text lists what is a point in gold."""
     words, bases, brackets = (
         [set(re.findall(pattern, part, re.I)) for part in (gold, text)]
         for pattern in (NUMBER_WORD, BASE, BRACKET)
     )
-    differ = [all(both) and both[0].isdisjoint(both[1]) for both in (bases, brackets)]
-    return words[0] != words[1] or any(differ)
+    listed = "," in text and not re.search(r"(?<!\\)[(\[]|[\\$]\{|=", text)
+    if words[0] != words[1] or (bases[0] and bases[0].isdisjoint(bases[1])):
+        return True
+    if "(" in brackets[0] and listed:
+        return True
+    return all(brackets) and brackets[0].isdisjoint(brackets[1])
 
 
 STATED = {"final": final_answer, "answer_only": paper_answer, "boxed_only": str}
@@ -213,6 +233,8 @@ def compare(verdict: str, response: str, gold: str, limit: float) -> bool | None
     signal.setitimer(signal.ITIMER_PROF, limit)
     try:
         text, latex = STATED[verdict](response), LatexExtractionConfig()
+        if verdict == "final":
+            gold = plain(gold)
         if not text.strip() or (verdict == "final" and contradicts(gold, text)):
             return False
         kinds = [latex] if verdict == "final" else [ExprExtractionConfig(), latex]

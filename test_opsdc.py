@@ -864,7 +864,12 @@ def test_final_reads_the_answer_stated_last(grade):
         Answer: 5, since 6 - 1 = 5 | Answer: 5 (because 6 - 1 is 5) | So the answer is:¶¶$$5$$
         \boxed{5 \text{ zorgs}} | $\boxed{1} \quad \text{and} \quad \boxed{2}$ => 1, 2
         Answer: 2pi => 2\pi | \boxed{pi/2} => \frac{\pi}{2} | Answer: $1\,234\,567$ => 1234567
-        Answer: $52_8$ => 52_8 | Answer: $\{1, 2\}$ => \{2, 1\}"""
+        Answer: $52_8$ => 52_8 | Answer: $\{1, 2\}$ => \{2, 1\} | Answer: 1, 2 => 2, 1
+        ### Answer¶5 | **Final Answer**¶¶$5$ | Answer = 5 | Yes.¶#### 5 | Answer: 5 (see above)
+        The answer is 5. | No. So the final answer is **$5$**. | First \boxed{4}. Wait, so \boxed{5}
+        \boxed{4:30 \text{ p.m.}} => \text{4:30 p.m.} | Answer: 12:05 AM => 12:05 \text{ a.m.}
+        \boxed{12^{\mathrm{th}}} => 12 | Answer: $12^{th}$ => 12 | Answer: 1 000 => 1000
+        Answer: $(\frac{1}{2}, 3)$ => (0.5, 3) | Answer: $x=1, y=2$ => (1, 2)"""
     wrong = r"""5 | so it must be $5$ | the result is 5 | Answer: | Answer: not 5 | Answer: 5x
         Answer: $5$ if $x=1$ | <think>Answer: 5 | \boxed{5 | Answer: 50 | Answer: 5, 6
         <think>1</think><think>Answer: 5 | Answer: 5 \boxed{6} | Answer: 5¶¶Answer: 6
@@ -872,7 +877,11 @@ def test_final_reads_the_answer_stated_last(grade):
         Answer: 5 hundred zorgs | \boxed{5 \text{ million}} | Answer: 5 halves
         Answer: 5 or 6 zorgs | Answer: at least 5 | Answer: $52_7$ => 52_8
         Answer: $\{1,2\}$ => (1,2) | Answer: (1,2) => (2,1) | Answer: (1,2) => \{1,2\}
-        Answer: 1\,23 => 123"""
+        Answer: 1\,23 => 123 | \boxed{5} or \boxed{4} | the answer = 5 | #### 5¶#### No
+        ### Answer¶5. First, add. | ### Answer¶We have $5$. | Answer: 5 (dozen) | #### 5. First
+        The answer is 5. Or is it? | I doubt that the answer is 5. | The answer is not $5$.
+        Answer: 1, 2 => (1, 2) | \boxed{\frac12, 2} => (\frac{1}{2}, 2) | Answer: 52 => 52_8
+        \boxed{4:30} => \text{4:30 p.m.} | Answer: 4:30 AM => \text{4:30 p.m.}"""
     right += " | Answer: 5. " + "It is so. " * 200
     wrong += " |  | Answer: 5" + "5" * 1000
     for texts, expected in ((right, True), (wrong, False)):
