@@ -22,6 +22,7 @@ eval.py ...`): a batch has its own seed and problems, so a lost one is sampled a
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -32,11 +33,15 @@ import resource
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import IO, Literal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before main(): no traceback
+sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 
 import pandas as pd
 import torch
@@ -45,10 +50,12 @@ from latex2sympy2_extended.math_normalization import extract_boxed_content
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from pebble import ProcessPool
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.utils import cached_file
 
 import opsdc
+from opsdc import BadInput
 
 BENCHMARKS = {  # hub id, split
     "math500": ("HuggingFaceH4/MATH-500", "test"),
@@ -60,7 +67,7 @@ VERDICTS = ["final", "dual", "answer_only", "boxed_only"]  # in the order of the
 
 @dataclass(frozen=True)
 class Settings:
-    """What the samples depend on, beside the models. Raises ValueError for a bad value."""
+    """What the samples depend on, beside the models. Raises BadInput for a bad value."""
 
     data: list[str] = HfArg(
         default_factory=lambda: list(BENCHMARKS),
@@ -70,7 +77,10 @@ class Settings:
         default_factory=lambda: ["student"],
         help="student, or the teacher's with v1, v2, percent:50 or a text; one, or one per model",
     )
-    samples: int = HfArg(default=8, help="responses to each problem")
+    prompt_style: str = HfArg(
+        default="", help="paper, plain, boxed or a text with {problem}; else as models were trained"
+    )
+    samples: int = HfArg(default=8, help="responses to each row of a problem")
     limit: int = HfArg(default=0, help="problems of each benchmark; 0 takes all")
     temperature: float = HfArg(default=0.6, help="of sampling")
     top_p: float = HfArg(default=0.95, help="of sampling")
@@ -86,34 +96,45 @@ class Settings:
         least = {"samples": 1, "max_new_tokens": 1, "batch_size": 1, "limit": 0, "top_k": 0}
         for name, low in (least | {"seed": 0}).items():
             if not low <= (value := getattr(self, name)) < 2**32:
-                raise ValueError(f"--{name} is {value}, but must be from {low} to 2**32 - 1")
+                raise BadInput(f"--{name} is {value}, but must be from {low} to 2**32 - 1")
         if not (0 < self.temperature < math.inf and 0 < self.top_p <= 1):
-            raise ValueError("--temperature must be more than 0, --top_p more than 0 and at most 1")
+            raise BadInput("--temperature must be more than 0, --top_p more than 0 and at most 1")
 
 
 # ---- Problems ------------------------------------------------------------------------------------
 
 
 def load_problems(source: str, limit: int) -> list[dict]:
-    """The problems of a benchmark: dicts with benchmark, id, chat, answer, level (None if unknown).
+    """The problems of a benchmark: dicts with benchmark, id, chat, answer, level (None if unknown),
+    rows (how many have this id) and same, a digest that problems with equal chat and answer share.
 
-    Raises ValueError for a source that can't be read and for a bad row.
+    Raises BadInput for a source that can't be read and for a bad row.
     """
-    rows, problems = opsdc.load_rows(*BENCHMARKS.get(source, (source,))), []
-    for i, (row, chat) in enumerate(zip(rows, opsdc.read_chats(source, rows), strict=True)):
-        answer = row.get("answer", (row.get("reward_model") or {}).get("ground_truth"))  # DAPO's
-        for name, value in {"answer": answer, "level": row.get("level")}.items():
-            good = isinstance(value, str | int | float) and value == value  # NaN is not
-            if not (good and str(value).strip(" #\n") or name == "level" and value is None):
-                raise ValueError(f"{source}, row {i + 1}: {name} is {value!r}, no text or number")
-        number, answer = row.get("unique_id", row.get("id", i)), str(answer).rpartition("####")[2]
-        problem = {"benchmark": Path(source).stem, "id": str(number), "chat": chat}
-        problems.append(problem | {"answer": answer.strip(), "level": row.get("level")})
-    if len({isinstance(p["level"], str) for p in problems if p["level"] is not None}) > 1:
-        raise ValueError(f"{source} has numbers and texts as levels, which have no order")
-    if len({problem["id"] for problem in problems}) < len(problems):
-        raise ValueError(f"{source} gives several problems the same id")
-    return problems[: limit or None]
+    problems = {}
+    for i, row in enumerate(opsdc.load_rows(*BENCHMARKS.get(source, (source,)))):
+        with opsdc.reading(f"{source}, row {i + 1}"):
+            chat, level = opsdc.read_chat(row), row.get("level")
+            answer = row.get("answer", (row.get("reward_model") or {}).get("ground_truth"))  # DAPO
+            for name, value in {"answer": answer, "level": level}.items():
+                good = isinstance(value, str | int | float) and value == value  # NaN is not
+                if not (good and str(value).strip(" #\n") or name == "level" and value is None):
+                    raise ValueError(f"{name} is {value!r}, no text or number")
+            answer = str(answer).rpartition("####")[2].strip()
+            number = str(row.get("unique_id", row.get("id", i)))
+            problem = {"benchmark": Path(source).stem, "id": number, "chat": chat, "rows": 0}
+            problem |= {"answer": answer, "level": level}
+            problem["same"] = opsdc.digest(json.dumps([chat, answer]))
+            json.dumps(problem, ensure_ascii=False).encode()  # raises for a lone surrogate
+            first = problems.setdefault(problem["id"], problem)
+            first["rows"] += 1
+            if first["same"] != problem["same"]:
+                raise ValueError("another problem has the same id")
+    if not problems:
+        raise BadInput(f"{source} has no rows")
+    if len({isinstance(p["level"], str) for p in problems.values() if p["level"] is not None}) > 1:
+        raise BadInput(f"{source} has numbers and texts as levels, which have no order")
+    kept = {*list(dict.fromkeys(p["same"] for p in problems.values()))[: limit or None]}
+    return [problem for problem in problems.values() if problem["same"] in kept]
 
 
 # ---- Grading -------------------------------------------------------------------------------------
@@ -288,81 +309,102 @@ Problems = dict[tuple[str, str], dict]  # by benchmark and id
 KEY = ("model", "prompt", "benchmark", "id", "sample")  # tells a sample from all others
 
 
-def open_candidate(
-    candidate: Candidate, problems: Problems, settings: Settings
-) -> tuple[opsdc.Model, opsdc.Tokenizer, list[list[int]]]:
-    """A model that samples by the settings, its tokenizer, and its prompt for each problem.
+def common_style(models: list[str]) -> str:
+    """The style of prompts, by run.json, that the trained ones among the models know; or `paper`.
+    Raises BadInput if they know different ones."""
+    styles = {}
+    for run in (Path(name, "run.json") for name in models):
+        if run.exists():
+            with opsdc.reading(run):
+                config = json.loads(run.read_text(encoding="utf-8"))["config"]
+                styles[config.get("prompt", "paper")] = run.parent
+    if len(styles) > 1:
+        trained = " and ".join(f"{name} with --prompt {style!r}" for style, name in styles.items())
+        raise BadInput(f"{trained} were trained: choose one --prompt_style for all")
+    return next(iter(styles), "paper")
 
-    Prompts are in the style that run.json names: the one that the model was trained with. Raises
-    ValueError for a model that can't be used and for an unknown instruction.
-    """
-    (name, prompt), style = candidate, "paper"
-    if (run := Path(name) / "run.json").exists():
-        with opsdc.reading(run):
-            style = json.loads(run.read_text(encoding="utf-8"))["config"].get("prompt", style)
-    asked, instruction = (0, "v1") if prompt == "student" else (1, prompt)
-    pairs = [opsdc.prompt_pair(p["chat"], instruction, style) for p in problems.values()]
+
+def identify(name: str) -> dict[str, str]:
+    """What tells a model from others: the commit of a hub id, or digests of a directory's files,
+    which are read in full (a second for about a GB). Raises BadInput for what is no model."""
     with opsdc.reading(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        prompts = opsdc.encode_chats(tokenizer, [pair[asked] for pair in pairs])
-    model = opsdc.load_model(name, settings.dtype)
-    sampling = {option: getattr(settings, option) for option in ("temperature", "top_p", "top_k")}
-    model.generation_config = opsdc.sampling_settings(
-        model, prompts, settings.max_new_tokens, **sampling
-    )
-    return model, tokenizer, prompts
+        directory = Path(cached_file(name, "config.json")).parent
+        if not Path(name).is_dir():
+            return {f"commit of {name}": directory.name}
+        digests = {}
+        for pattern in ("*config.json", "*token*", "*.jinja", "*.safetensors", "*.bin"):
+            for path in sorted(directory.glob(pattern)):
+                with path.open("rb") as file:
+                    digests[f"{path}"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
-def identify(candidate: Candidate, problems: Problems, settings: Settings) -> dict:
-    """What the samples of a model depend on beside the settings."""
-    model, _, prompts = open_candidate(candidate, problems, settings)
-    sums = [weight.flatten().view(torch.int16).sum().item() for weight in model.parameters()]
-    return {
-        f"weights of {candidate}": opsdc.digest(json.dumps(sums)),
-        f"prompts of {candidate}": opsdc.digest(json.dumps(prompts)),
-        f"stop ids of {candidate}": model.generation_config.eos_token_id,
-    }
+def prepare(
+    candidate: Candidate, problems: Problems, settings: Settings
+) -> tuple[opsdc.Tokenizer, Problems, GenerationConfig]:
+    """A model's tokenizer, its prompt for each problem and its settings for sampling; without its
+    weights, so that what can't be used is refused before any model samples. Raises BadInput."""
+    name, prompt = candidate
+    asked, instruction = (0, "v1") if prompt == "student" else (1, prompt)
+    chats = [
+        opsdc.prompt_pair(problem["chat"], instruction, settings.prompt_style)[asked]
+        for problem in problems.values()
+    ]
+    *turns, last = chats[-1]
+    other = [*turns, last | {"content": f"{last['content']} Why?"}]
+    tokenizer = opsdc.load_tokenizer(name)
+    with opsdc.reading(name):
+        *prompts, probe = opsdc.encode_chats(tokenizer, [*chats, other])
+        if probe == prompts[-1]:
+            raise ValueError("its chat template leaves the problem out")
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with torch.device("meta"):  # without weights
+            model = AutoModelForCausalLM.from_config(config)
+        with contextlib.suppress(OSError):  # not every model has this file
+            model.generation_config = GenerationConfig.from_pretrained(name)
+    sampling = ("temperature", "top_p", "top_k", "max_new_tokens")
+    sampling = {option: getattr(settings, option) for option in sampling}
+    generation = opsdc.sampling_settings([model], tokenizer, prompts, **sampling)
+    return tokenizer, dict(zip(problems, prompts, strict=True)), generation
 
 
 def generate(
-    candidate: Candidate, problems: Problems, settings: Settings, batches: list[tuple[int, list]]
-) -> Iterator[list[dict]]:
-    """Yields the samples, ungraded, for each numbered batch of keys; the number gives the seed."""
-    model, tokenizer, prompts = open_candidate(candidate, problems, settings)
-    prompts = dict(zip(problems, prompts, strict=True))
-    for number, keys in batches:
-        torch.manual_seed(settings.seed * 1_000_000 + number)
-        asked = [prompts[key[2:4]] for key in keys]
-        samples = []
-        for prompt, completion in zip(asked, opsdc.rollout(model, asked, len(asked)), strict=True):
-            thinks = tokenizer.decode(prompt).rstrip().endswith("<think>")  # as some templates do
-            text = tokenizer.decode(completion, skip_special_tokens=True)
-            finished = completion[-1] in model.generation_config.eos_token_id
-            sample = {"response": "<think>\n" + text if thinks else text}
-            samples.append(sample | {"tokens": len(completion), "finished": finished})
-        yield samples
+    model: opsdc.Model, tokenizer: opsdc.Tokenizer, prompts: list[list[int]]
+) -> list[dict]:
+    """Samples one response to each prompt, all at once, ungraded."""
+    completions, samples = opsdc.rollout(model, prompts, len(prompts)), []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        thinks = tokenizer.decode(prompt).rstrip().endswith("<think>")  # as some templates do
+        text = tokenizer.decode(completion, skip_special_tokens=True)
+        finished = completion[-1] in model.generation_config.eos_token_id
+        sample = {"response": "<think>\n" + text if thinks else text}
+        samples.append(sample | {"tokens": len(completion), "finished": finished})
+    return samples
 
 
 def read_responses(file: str, problems: Problems, samples: int) -> dict[tuple, dict]:
     """Samples by key that another engine wrote to a .jsonl file.
 
     A row has the id of a problem, response (with <think> where the prompt ended so), tokens (their
-    number), finished (false where it was cut); rows of one id are its samples. Raises ValueError
-    for other rows, and for problems without all samples.
+    number), finished (false where it was cut); rows of one id are its samples. Raises BadInput for
+    other rows, and for problems without all samples.
     """
     (benchmark, _), *_ = problems
     counts, written = Counter(), {}
     fields = {"response": str, "tokens": int, "finished": bool}
     for number, row in enumerate(opsdc.load_rows(file), 1):
-        for name, kind in fields.items():
-            if type(row.get(name)) is not kind or name == "tokens" and row[name] < 1:
-                raise ValueError(f"{file}, row {number} has no good {name}")
+        with opsdc.reading(f"{file}, row {number}"):
+            for name, kind in fields.items():
+                if type(row.get(name)) is not kind or name == "tokens" and not 0 < row[name] < 1e9:
+                    raise ValueError(f"it has no good {name}")
+            row["response"].encode()  # raises for a lone surrogate
         place = benchmark, str(row.get("id"))
         written[file, "as written", *place, counts[place]] = {name: row[name] for name in fields}
         counts[place] += 1
-    if wrong := counts.items() ^ dict.fromkeys(problems, samples).items():
+    wished = {place: samples * problem["rows"] for place, problem in problems.items()}
+    if wrong := counts.items() ^ wished.items():
         wish = f"must have {samples} (--samples) responses to each problem and no others"
-        raise ValueError(f"{file} {wish}: look at id {min(wrong)[0][1]}")
+        raise BadInput(f"{file} {wish}: look at id {min(wrong)[0][1]}")
     return written
 
 
@@ -372,15 +414,16 @@ def read_responses(file: str, problems: Problems, samples: int) -> dict[tuple, d
 def open_records(output_dir: Path, identity: dict) -> tuple[IO[bytes], dict[tuple, dict]]:
     """This rank's file of samples, locked, to append to; and the samples on disk by key.
 
-    Raises ValueError if another process writes here, or if the directory holds an evaluation with
-    another identity.
+    Raises BadInput if another process writes here, if the directory can't be written, or if it
+    holds an evaluation with another identity or with none.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    records = open(output_dir / f"samples-{dist.get_rank()}.jsonl", "a+b")
+    with opsdc.reading(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        records = open(output_dir / f"samples-{dist.get_rank()}.jsonl", "a+b")
     try:
         fcntl.flock(records, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{output_dir} is in use by another evaluation") from None
+        raise BadInput(f"{output_dir} is in use by another evaluation") from None
     dist.barrier()  # every rank has its lock
     file = output_dir / "settings.json"
     with opsdc.reading(file):
@@ -388,8 +431,10 @@ def open_records(output_dir: Path, identity: dict) -> tuple[IO[bytes], dict[tupl
     for name in held | identity:
         if held.get(name) != identity.get(name):
             other = f"with {name} {held.get(name)}, not {identity.get(name)}"
-            raise ValueError(f"{output_dir} holds an evaluation {other}: choose another")
+            raise BadInput(f"{output_dir} holds an evaluation {other}: choose another")
     done = read_samples(output_dir)
+    if done and not file.exists():
+        raise BadInput(f"{output_dir} has samples but no settings.json: choose another")
     dist.barrier()  # every rank has read
     if dist.get_rank() == 0:
         whole = file.with_suffix(".unfinished")  # a kill leaves no half of settings.json
@@ -417,8 +462,8 @@ def summarize(rows: list[dict]) -> pd.DataFrame:
     """Means by benchmark, level ("all", then each) and candidate, in the order of the rows.
 
     NAME_interval is half of a 95% interval, 1.96 standard errors. Samples of one problem are alike,
-    so only the problems' means count as independent draws. Reductions are against the tokens of the
-    first candidate.
+    in several rows too, so only the problems' means count as independent draws. Reductions are
+    against the tokens of the first candidate.
     """
     levels = {row["level"] for row in rows} - {None}
     levels = sorted(levels, key=lambda level: (isinstance(level, str), level))
@@ -426,7 +471,7 @@ def summarize(rows: list[dict]) -> pd.DataFrame:
     table = pd.concat([pd.DataFrame(part).assign(level=name) for name, part in parts.items()])
     table["cut"] = ~table["finished"]
     group, values = ["benchmark", "level", "model", "prompt"], [*VERDICTS, "tokens", "cut"]
-    problems = table.groupby([*group, "id"], sort=False)[values].mean().groupby(group, sort=False)
+    problems = table.groupby([*group, "same"], sort=False)[values].mean().groupby(group, sort=False)
     summary = problems.mean()
     base = summary.groupby(["benchmark", "level"])["tokens"].transform("first")
     summary["reduction"] = 1 - summary["tokens"] / base
@@ -454,21 +499,23 @@ def report(summary: pd.DataFrame) -> str:
 def evaluate(models: list[str], responses: list[str], output_dir: Path, settings: Settings) -> None:
     """Samples and grades what output_dir lacks, prints the table, writes summary.json.
 
-    Raises ValueError for whatever can't be evaluated, before it writes anything.
+    Raises BadInput for whatever can't be evaluated, before it writes anything; only for broken
+    weights of a later model when its turn comes.
     """
     prompts = settings.prompt * len(models) if len(settings.prompt) == 1 else settings.prompt
     if bool(models) == bool(responses):
-        raise ValueError("name the models to evaluate, or files of --responses to grade")
+        raise BadInput("name the models to evaluate, or files of --responses to grade")
     if len(prompts) != len(models):
-        raise ValueError(f"--prompt names {len(prompts)} prompts for {len(models)} models")
+        raise BadInput(f"--prompt names {len(prompts)} prompts for {len(models)} models")
     if responses and len(settings.data) > 1:
-        raise ValueError("--responses needs one benchmark: choose it with --data")
+        raise BadInput("--responses needs one benchmark: choose it with --data")
     candidates = list(zip(models, prompts, strict=True))
     candidates += [(file, "as written") for file in responses]
     if len(set(candidates)) < len(candidates):
-        raise ValueError("the same model with the same prompt is named twice")
+        raise BadInput("the same model with the same prompt is named twice")
     if len({Path(source).stem for source in settings.data}) < len(settings.data):
-        raise ValueError("--data has two files of the same name, which tells benchmarks apart")
+        raise BadInput("--data has two files of the same name, which tells benchmarks apart")
+    settings = replace(settings, prompt_style=settings.prompt_style or common_style(models))
     rows = [row for source in settings.data for row in load_problems(source, settings.limit)]
     problems = {(row["benchmark"], row["id"]): row for row in rows}
     written = {}
@@ -478,30 +525,37 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
     identity = {"candidates": [*map(list, candidates)], **asdict(settings)}
     identity["problems"] = opsdc.digest(json.dumps(asked))
     identity["responses"] = opsdc.digest(json.dumps([*written.values()]))
-    for candidate in candidates[: len(models)]:
-        identity |= identify(candidate, problems, settings)
+    prepared = {one: prepare(one, problems, settings) for one in candidates[: len(models)]}
+    for name in models:
+        identity |= identify(name)
 
     records, done = open_records(output_dir, identity)
     rank, ranks, size = dist.get_rank(), dist.get_world_size(), settings.batch_size
-    places = [(*place, sample) for place in problems for sample in range(settings.samples)]
-    total = len(candidates) * len(places)
+    places = [(*p, i) for p in problems for i in range(settings.samples * problems[p]["rows"])]
+    total, model = len(candidates) * len(places), None
     with (
         records,
         grading_pool(max(1, min(8, os.cpu_count() // ranks))) as pool,
         tqdm(total=total // ranks, initial=len(done) // ranks, disable=rank > 0) as bar,
     ):
-        for candidate in candidates:
+        for candidate in sorted(candidates, key=lambda one: (models + responses).index(one[0])):
             keys = [(*candidate, *place) for place in places]
             batches = enumerate(keys[i : i + size] for i in range(0, len(keys), size))
             batches = [(n, b) for n, b in [*batches][rank::ranks] if not done.keys() >= {*b}]
-            samples = generate(candidate, problems, settings, batches)  # opens a model at need
-            if responses:
-                samples = ([written[key] for key in batch] for _, batch in batches)
-            for (_, batch), batch_samples in zip(batches, samples, strict=False):
+            for number, batch in batches:
+                if responses:
+                    samples = [written[key] for key in batch]
+                else:
+                    if model is None or model.name_or_path != candidate[0]:
+                        model = None  # so that two models are never in memory
+                        model = opsdc.load_model(candidate[0], settings.dtype, opsdc.DEVICE)
+                    tokenizer, encoded, model.generation_config = prepared[candidate]
+                    torch.manual_seed(settings.seed * 1_000_000 + number)
+                    samples = generate(model, tokenizer, [encoded[key[2:4]] for key in batch])
+                texts = [sample["response"] for sample in samples]
                 golds = [problems[key[2:4]]["answer"] for key in batch]
-                texts = [sample["response"] for sample in batch_samples]
                 verdicts = grade(pool, zip(texts, golds, strict=True))
-                for key, sample, verdict in zip(batch, batch_samples, verdicts, strict=True):
+                for key, sample, verdict in zip(batch, samples, verdicts, strict=True):
                     row = dict(zip(KEY, key, strict=True)) | sample | verdict
                     if key not in done:
                         records.write(json.dumps(row).encode() + b"\n")
@@ -511,7 +565,7 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
     if rank == 0:
         samples = read_samples(output_dir)
         keys = [(*candidate, *place) for candidate in candidates for place in places]
-        summary = summarize([samples[k] | {"level": problems[k[2:4]]["level"]} for k in keys])
+        summary = summarize([problems[key[2:4]] | samples[key] for key in keys])
         text = summary.reset_index().to_json(orient="records", indent=2, double_precision=15)
         (output_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
         print(f"Accuracy in % with 95% intervals, {settings}\n\n{report(summary)}")
@@ -525,23 +579,23 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="hub ids or directories, the baseline first")
     parser.add_argument("--responses", nargs="+", default=[], help="files to grade, see README")
     parser.add_argument("--output_dir", default="runs/eval", help="samples-*.jsonl, summary.json")
-    arguments = vars(parser.parse_args())
-    models, responses = arguments.pop("models"), arguments.pop("responses")
-    output_dir = Path(arguments.pop("output_dir"))
     try:
-        settings = Settings(**arguments)
-        opsdc.start_ranks()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the server of grading processes
         forkserver.ensure_running()  # it imports its libraries while models are opened
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with opsdc.reading("the command line"):
+            arguments = vars(parser.parse_args())
+        models, responses = arguments.pop("models"), arguments.pop("responses")
+        output_dir = Path(arguments.pop("output_dir"))
+        settings = Settings(**arguments)
+        opsdc.start_ranks(settings.dtype)
         evaluate(models, responses, output_dir, settings)
-    except torch.OutOfMemoryError:
-        lower = "lower --batch_size, on which samples depend, and choose another --output_dir"
-        parser.exit(1, f"eval.py: out of GPU memory: {lower}\n")
+    except BadInput as error:
+        parser.exit(2, f"eval.py: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "eval.py: interrupted; the same command goes on where it stopped\n")
-    except Exception as error:
-        if sys.flags.dev_mode:
-            raise
-        parser.exit(2, f"eval.py: error: {opsdc.one_line(error)}\n")
+    except OSError as error:  # a full disk, a closed terminal
+        parser.exit(1, f"eval.py: {error}; the same command goes on where it stopped\n")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -936,22 +936,23 @@ def test_settings_reach_the_rollouts(asked, monkeypatch, tmp_path):
     change(plain / "chat_template.jinja", TOKENIZER.chat_template + "<think>\n")  # to be closed
     arguments = ["--data", data, "--samples=2", "--batch_size=4", "--top_p=0.5", "--top_k=7"]
     arguments += ["--temperature=0.25", "--max_new_tokens=9", f"--output_dir={tmp_path}/run"]
-    prompts = ["--prompt", "student", "v1", "student", "say it in a word"]
-    run = [TOY, TOY, plain, plain, *arguments, "--seed=3", *prompts]
+    prompts = ["--prompt", "student", "student", "v1", "say it in a word"]
+    run = [TOY, plain, TOY, plain, *arguments, "--seed=3", *prompts]
     with monkeypatch.context() as patch:  # a display that fails loses no sample
         patch.setattr(evaluation.tqdm, "update", Mock(side_effect=BrokenPipeError("closed")))
-        assert call(evaluation, *run)[0] == 2
+        assert call(evaluation, *run)[0] == 1
+    monkeypatch.setattr(opsdc, "load_model", load := Mock(wraps=opsdc.load_model))
     assert len(read_rows(tmp_path / "run" / "samples-0.jsonl")) == 4
     code, out, err = call(evaluation, *run)
     assert code == 0, err
+    assert [loaded.args[0] for loaded in load.call_args_list] == [str(TOY), str(plain)]
     seeds = [seed for seed, *_ in asked]
     assert len(seeds) == 12 and len(set(seeds[:3])) == 3 and seeds == seeds[:3] * 4
     for _, config, texts in asked:
         assert (config.temperature, config.top_p, config.top_k) == (0.25, 0.5, 7)
         assert config.max_new_tokens == 9 and len(texts) == 4
     problem, c = GSM8K[0]["question"], " ".join(INSTRUCTIONS["v1"].split())
-    paper = f"{FORMAT}\n\n{problem}\n\n{REMEMBER}"
-    texts = f"{FIRST} {paper}", f"{c}\n\n{paper}", problem, f"say it in a word\n\n{problem}"
+    texts = problem, f"{c}\n\n{problem}", problem, f"say it in a word\n\n{problem}"
     shown = [asked[i][2][0].removesuffix("<think>") for i in (0, 3, 6, 9)]
     assert shown == [TURN.format(text) for text in texts]
     rows = read_rows(tmp_path / "run" / "samples-0.jsonl")
@@ -966,6 +967,36 @@ def test_settings_reach_the_rollouts(asked, monkeypatch, tmp_path):
     assert [seed for seed, *_ in asked] == seeds[:1]
     assert call(evaluation, TOY, *arguments, "--seed=4", f"--output_dir={tmp_path}/b")[0] == 0
     assert not {seed for seed, *_ in asked[1:]} & set(seeds)
+
+
+def test_all_models_are_asked_in_one_style(asked, tmp_path):
+    """That of the trained ones among them, or --prompt_style."""
+    question = GSM8K[0]["question"]
+    paper = f"{FIRST} {FORMAT}\n\n{question}\n\n{REMEMBER}"
+    boxed, plain = (shutil.copytree(TOY, tmp_path / style) for style in ("boxed", "plain"))
+    change(plain / "run.json", '{"config": {"prompt": "plain"}}')
+    change(boxed / "run.json", '{"config": {"prompt": "Box: {problem}"}}')
+    run = ["--samples=1", "--limit=1", "--max_new_tokens=9"]
+    run += ["--data", write_rows(tmp_path / "sums.jsonl", GSM8K)]
+    refused(evaluation, [boxed, plain, *run], "choose one --prompt_style", tmp_path)
+    for i, (words, text) in enumerate((
+        ([TOY], paper), ([TOY, boxed], f"Box: {question}"), ([plain, TOY], question),
+        ([boxed, TOY, plain, "--prompt_style=So, {problem}"], f"So, {question}"),
+    )):
+        code, out, err = call(evaluation, *words, *run, f"--output_dir={tmp_path}/{i}")
+        models = [word for word in words if isinstance(word, Path)]
+        assert (code, [texts for *_, texts in asked]) == (0, [[TURN.format(text)]] * len(models))
+        asked.clear()
+
+
+def test_rows_of_the_same_problem_are_its_samples(tmp_path):
+    """AIME in files that hold each problem 32 times, with an id of its own or the same id."""
+    sums = [{"problem": f"{i} + 3?", "answer": i + 3} for i in range(10)]
+    alike = [row | {"id": i} for i, row in enumerate(sums)]
+    once = {"response": "Answer: 5", "tokens": 3, "finished": True}
+    for rows in (alike, alike * 4, [row | {"id": i} for i, row in enumerate(sums * 4)], sums * 4):
+        responses = [once | {"id": row.get("id", i), "response": f"Answer: {3 + i % 10 * (i % 10 > 3)}"} for i, row in enumerate(rows)]
+        data = write_rows(tmp_path / "data.jsonl", rows)
 
 
 def test_the_report_says_what_its_rows_say(tmp_path):
@@ -1042,9 +1073,9 @@ def test_another_evaluation_in_the_same_place_is_refused(asked, tmp_path):
     held, weights = f"{out} holds an evaluation with", (model / "model.safetensors").read_bytes()
     refused(evaluation, [*run, "--temperature=0.7"], f"{held} temperature 0.6, not 0.7", out)
     for file, new, message in (
-        (model / "chat_template.jinja", "{{ messages[0].content }}", "prompts of"),
-        (model / "generation_config.json", {"eos_token_id": 7}, "stop ids of"),
-        (model / "model.safetensors", weights[:-4] + bytes(4), "weights of"),
+        (model / "chat_template.jinja", "{{ messages[0].content }}", f"{model}/chat_template"),
+        (model / "generation_config.json", {"eos_token_id": 7}, f"{model}/generation_config"),
+        (model / "model.safetensors", weights[:-4] + bytes(4), f"{model}/model.safetensors"),
         (data, data.read_text().replace("#### 3", "#### 4"), "problems"),
     ):
         good = change(file, new)
