@@ -529,10 +529,13 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
     for name in models:
         identity |= identify(name)
 
+    model = None
+    if models and not (output_dir / "settings.json").exists():  # its weights may be broken
+        model = opsdc.load_model(models[0], settings.dtype, opsdc.DEVICE)
     records, done = open_records(output_dir, identity)
     rank, ranks, size = dist.get_rank(), dist.get_world_size(), settings.batch_size
     places = [(*p, i) for p in problems for i in range(settings.samples * problems[p]["rows"])]
-    total, model = len(candidates) * len(places), None
+    total = len(candidates) * len(places)
     with (
         records,
         grading_pool(max(1, min(8, os.cpu_count() // ranks))) as pool,

@@ -979,24 +979,33 @@ def test_all_models_are_asked_in_one_style(asked, tmp_path):
     run = ["--samples=1", "--limit=1", "--max_new_tokens=9"]
     run += ["--data", write_rows(tmp_path / "sums.jsonl", GSM8K)]
     refused(evaluation, [boxed, plain, *run], "choose one --prompt_style", tmp_path)
-    for i, (words, text) in enumerate((
-        ([TOY], paper), ([TOY, boxed], f"Box: {question}"), ([plain, TOY], question),
-        ([boxed, TOY, plain, "--prompt_style=So, {problem}"], f"So, {question}"),
-    )):
-        code, out, err = call(evaluation, *words, *run, f"--output_dir={tmp_path}/{i}")
-        models = [word for word in words if isinstance(word, Path)]
-        assert (code, [texts for *_, texts in asked]) == (0, [[TURN.format(text)]] * len(models))
+    for models, style, text in (
+        ([TOY], "", paper),
+        ([TOY, boxed], "", f"Box: {question}"),
+        ([plain, TOY], "", question),
+        ([boxed, TOY, plain], "So, {problem}", f"So, {question}"),
+    ):
         asked.clear()
+        options = [f"--prompt_style={style}", f"--output_dir={tmp_path}/{len(text)}"]
+        assert call(evaluation, *models, *run, *options)[0] == 0
+        assert [texts for *_, texts in asked] == [[TURN.format(text)]] * len(models)
 
 
 def test_rows_of_the_same_problem_are_its_samples(tmp_path):
-    """AIME in files that hold each problem 32 times, with an id of its own or the same id."""
-    sums = [{"problem": f"{i} + 3?", "answer": i + 3} for i in range(10)]
-    alike = [row | {"id": i} for i, row in enumerate(sums)]
-    once = {"response": "Answer: 5", "tokens": 3, "finished": True}
-    for rows in (alike, alike * 4, [row | {"id": i} for i, row in enumerate(sums * 4)], sums * 4):
-        responses = [once | {"id": row.get("id", i), "response": f"Answer: {3 + i % 10 * (i % 10 > 3)}"} for i, row in enumerate(rows)]
-        data = write_rows(tmp_path / "data.jsonl", rows)
+    """AIME comes in files that hold each problem several times, with one id or with several."""
+    once = [{"problem": f"{i} + 3?", "answer": i + 3, "id": i} for i in range(10)]
+    no_ids = [{"problem": row["problem"], "answer": row["answer"]} for row in once]
+    for k, rows in enumerate((once, once * 4, no_ids * 4)):
+        samples = [
+            {"id": row.get("id", i), "response": f"Answer: {max(row['answer'], 7)}"}  # 6 of 10
+            | {"tokens": 3, "finished": True}
+            for i, row in enumerate(rows)
+        ]
+        run = ["--data", write_rows(tmp_path / "data.jsonl", rows), "--samples=1", "--limit=10"]
+        run += ["--responses", write_rows(tmp_path / "responses.jsonl", samples)]
+        code, out, err = call(evaluation, *run, f"--output_dir={tmp_path}/{k}")
+        assert code == 0 and "| 60.0 ± 32.0 |" in out, err
+        assert json.loads((tmp_path / f"{k}/summary.json").read_text())[0]["problems"] == 10
 
 
 def test_the_report_says_what_its_rows_say(tmp_path):
@@ -1085,9 +1094,21 @@ def test_another_evaluation_in_the_same_place_is_refused(asked, tmp_path):
     code, said, _ = call(evaluation, *run)
     assert code == 0 and "| 2 |" in said and "| 1 |" not in said and len(asked) == count
     assert contents(out)["samples-0.jsonl"] == samples
+    good = change(out / "settings.json", None)
+    refused(evaluation, run, "has samples but no settings.json", out)
+    change(out / "settings.json", good)
     with open(out / "samples-0.jsonl", "a") as file:
         evaluation.fcntl.flock(file, evaluation.fcntl.LOCK_EX)
         refused(evaluation, run, "is in use by another evaluation", out)
+
+
+def test_ctrl_c_during_imports_and_a_safe_path(tmp_path):
+    command, options = [sys.executable, evaluation.__file__, "--help"], {"capture_output": True}
+    (tmp_path / "pandas.py").write_text("import os\nos.kill(os.getpid(), 2)")
+    run = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, **options)
+    assert (run.returncode, run.stderr) == (-INT, b"")
+    run = subprocess.run(command, env={"PYTHONSAFEPATH": "1"}, **options)
+    assert run.returncode == 0 and b"--prompt_style" in run.stdout
 
 
 # ---- Faults: what becomes of a file, as JSON, or is said; and what the one line says -------------
@@ -1144,21 +1165,28 @@ WORDS += [(f"--{value}", f"--{value.split('=')[0]}") for value in VALUES.split()
 FAULTS += [(opsdc, words, "empty.parquet", "", message) for words, message in WORDS]
 DATA = table("""{"problem": "a", "answer": null} => answer is None
     {"problem": "a", "answer": "####"} => answer is '####' | {"text": "a"} => columns are ['text']
-    {"problem": "a", "answer": 1}¶{"problem": "b", "answer": NaN} => row 2: answer is nan
-    {"problem": "a", "answer": 1, "level": [1]} => row 1: level is [1]
+    {"problem": "a", "answer": 1}¶{"problem": "b", "answer": NaN} => row 2 can't be used: answer is nan
+    {"problem": "a", "answer": 1, "level": [1]} => row 1 can't be used: level is [1] | => no rows
     {"problem": "a", "answer": 1, "id": 1}¶{"problem": "b", "answer": 1, "id": 1} => the same id
     {"problem": "a", "answer": 1, "level": "a"}¶{"problem": "b", "answer": 1, "level": 1} => texts
-    {"problem": "a", "answer": 1, "level": NaN} => row 1: level is nan""")
+    {"problem": "a", "answer": 1, "level": NaN} => level is nan
+    {"problem": "a", "answer": 1, "level": "\\udcff"} => row 1 can't be used: 'utf-8' codec""")
 SAMPLE = '{"id": 0, "response": "Answer: 2", "tokens": 3, "finished": true}\n'
 SAMPLES = [(SAMPLE * 2, "must have 1 (--samples) responses to each problem and no others")]
 SAMPLES += [(SAMPLE + SAMPLE.replace("0", "7"), "look at id 7")]
-SAMPLES += [(SAMPLE.replace("3", tokens), "row 1 has no good tokens") for tokens in ("0", '"3"')]
+SAMPLES += [(SAMPLE.replace("3", new), "it has no good tokens") for new in ("0", '"3"', "9" * 10)]
+SAMPLES += [(SAMPLE.replace("2", "\\ud800"), "row 1 can't be used: 'utf-8' codec"), ("[3]\n", "row 1")]
 WORDS = table("""toy {tmp}/no => no can't be used | toy toy => is named twice | toy RANK=1 => error
     toy --prompt v3 => --instruction is 'v3' | toy --prompt v1 v2 => names 2 prompts for 1 models
-    toy --max_new_tokens=1020 => toy has 1024 positions | toy --samples=0 => --samples is 0
+    toy --prompt_style=v1 => 'v1', not paper | toy --max_new_tokens=1020 => toy has 1024 positions | toy --samples=0 => --samples is 0
     toy --temperature=0 => --temperature must be | toy --seed=99999999999 => --seed is 99999999999
     --limit=2 => name the models to evaluate | --responses r --data a b => needs one benchmark
     toy --output_dir={tmp}/file => File exists | toy --data r ../r => two files of the same name""")
+MODEL = table("""chat_template.jinja => "Why?" => leaves the problem out
+    config.json => {"model_type": "t5"} => T5Config | model.safetensors => "" => deserializing
+    config.json => {"model_type": "x", "auto_map": {"AutoConfig": "own.X"}} => model can't be used
+    generation_config.json => {"eos_token_id": 821} => should stop at eos_token_id""")
+FAULTS += [(evaluation, "{tmp}/model", f"model/{f}", json.loads(new), e) for f, new, e in MODEL]
 FAULTS += [(evaluation, "toy", "model/data.jsonl", *row) for row in DATA]
 FAULTS += [(evaluation, "--responses={tmp}/r.jsonl", "r.jsonl", *row) for row in SAMPLES]
 FAULTS += [(evaluation, words, "file", "", message) for words, message in WORDS]
