@@ -21,30 +21,21 @@ Algorithm 1
         L_i = sum_t KL(q_t || p_t), normalized by |y_i| in practice                      Eq. (1)
         one step on (1/B) sum_i L_i
 
-Where they differ             the paper                  its code                   here
-    1. each L_i               divided by |y_i|           mean over tokens of 2 y_i  paper
-    2. refresh                before step k              after step k               paper
-    3. long rollouts          cut at 8,192, trained on   up to 30,000; over 10,240  paper
-                                                         with prompt: dropped
-    4. closing reminder       once in each prompt        twice in the teacher's     paper
-    5. trained ids            not said                   text tokenized again       sampled ids
-    6. 4 MATH-500 problems    not said                   trained on                 left out
-    7. dropout                not said                   not looked at              off throughout
-    8. problems               about 13,600               not looked at              all but 4
+Where they differ           the paper               its code                          here
+    1. each L_i             divided by |y_i|        token mean of micro-batches of 2  the paper's
+    2. refresh              before step k           after step k                      the paper's
+    3. rollouts over 8,192  cut, and trained on     left out, if over 10,240          the paper's
+    4. closing reminder     once in each prompt     twice in the teacher's            the paper's
+    5. trained token ids    not said                text tokenized again              as sampled
+    6. MATH-500's problems  not said                4 are trained on                  left out
 
-Beyond the paper: --refresh_share, an average as teacher; --teacher, another model; --rewrite, the
-loss on rewritten rollouts: Mixed-Policy Distillation, arXiv 2605.08776. We had only its abstract:
-the request to rewrite, which rewrites count, the direction of the KL (reverse) and the teacher's
-prompt in the loss (x and c; with --instruction none, x) are our reading of it.
-
-The method ends with `train`; its support follows.
+Beyond the paper: --teacher, another model; --refresh_share, an average of students as teacher.
 
     python opsdc.py @toy/args                 # a planted toy: CPU, no download, minutes
     torchrun --nproc-per-node 8 opsdc.py      # the paper's setting: Qwen3-8B, eight GPUs
 """
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -53,19 +44,20 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before training: no traceback
 
 import datasets
+import fsspec
 import pyarrow.parquet
 import torch
 import torch.distributed as dist
@@ -80,7 +72,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+DEVICE, DTYPE = (torch.device("cuda"), "bfloat16") if CUDA else (torch.device("cpu"), "float32")
+QUIET = os.environ.get("RANK", "0") > "0" or None  # for bars: None shows them on a terminal
 Model, Tokenizer = transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase
 Ids, Chat = list[int], list[dict[str, str]]  # token ids; turns with role and content
 Triple = tuple[Ids, Ids, Ids]  # the student's prompt, the teacher's, the completion y
@@ -94,28 +87,19 @@ class Config:
     """Options of a run, with the paper's values as defaults."""
 
     model: str = HfArg(default="Qwen/Qwen3-8B", help="hub id or local directory")
-    data: str = HfArg(default="YouJiacheng/DAPO-Math-17k-dedup", help="hub id or file of problems")
+    data: str = HfArg(default="YouJiacheng/DAPO-Math-17k-dedup", help="id:config:split, or a file")
     output_dir: str = HfArg(default="runs/opsdc", help="for metrics.jsonl and the trained model")
     instruction: str = HfArg(default="v1", help="c: v1, v2, percent:50, none or a text of your own")
-    prompt: Literal["paper", "plain", "boxed"] = HfArg(
-        default="paper", help="plain: the problem as it is; boxed: and a request for a boxed answer"
-    )
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = HfArg(
-        default="reverse_kl", help="reverse_kl is KL(student || teacher)"
-    )
+    prompt: str = HfArg(default="paper", help="paper, plain, boxed or a text with {problem}")
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"  # KL(student || teacher)
     teacher: str = HfArg(default="", help="a model of this vocabulary; needs --refresh_every 0")
-    rewrite: bool = HfArg(
-        default=False,
-        help="MPD: train on rewrites of the rollouts by --teacher or else by the student. Request, "
-        "direction of the KL and the teacher's prompt in the loss are our reading",
-    )
     refresh_every: int = HfArg(default=50, help="M, in steps; 0 freezes the teacher")
     refresh_share: float = HfArg(default=1.0, help="the student's share in a refresh; 1: a copy")
     steps: int = HfArg(default=100, help="the paper converges near 100, in an epoch of about 425")
     batch_size: int = HfArg(default=32, help="B, problems a step, one rollout each")
     micro_batch_size: int = HfArg(default=1, help="rollouts a backward pass; more is faster")
     rollout_batch_size: int = HfArg(default=32, help="rollouts generated at once; for memory")
-    max_prompt_tokens: int = HfArg(default=1024, help="problems with longer ones are left out")
+    max_prompt_tokens: int = HfArg(default=1024, help="problems with longer prompts are left out")
     max_new_tokens: int = HfArg(default=8192, help="of a rollout; cut ones are trained on too")
     temperature: float = HfArg(default=1.0, help="of the rollout; the loss is always at 1")
     top_p: float = HfArg(default=1.0, help="of the rollout; 1 is the whole distribution")
@@ -124,10 +108,7 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="global L2 norm; larger gradients are clipped")
     save_every: int = HfArg(default=50, help="steps between checkpoints; 0 saves only the end")
     seed: int = HfArg(default=0, help="of data order and sampling")
-    dtype: Literal["float32", "bfloat16"] = HfArg(
-        default="bfloat16" if CUDA else "float32",
-        help="of rollouts and of forward and backward passes; weights are updated in float32",
-    )
+    dtype: Literal["float32", "bfloat16"] = HfArg(default=DTYPE, help="of all but the optimizer")
     offload: bool = HfArg(default=False, help="keep fp32 weights and AdamW in host memory")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in output_dir")
 
@@ -135,12 +116,14 @@ class Config:
 # ---- Prompts: the paper's, verbatim --------------------------------------------------------------
 
 TASK = "Solve the following math problem step by step."  # the instruction c takes its place
-PROMPT = (
-    "The last line of your response should be of the form Answer: $Answer (without "
-    "quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
-    'Remember to put your answer on its own line after "Answer:".'
-)
-REQUEST = r"Please reason step by step, and put your final answer within \boxed{}."
+PROMPTS = {
+    "paper": f"{TASK} The last line of your response should be of the form Answer: $Answer "
+    "(without quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
+    'Remember to put your answer on its own line after "Answer:".',
+    # Not the paper's: the text as it is, and the request that Qwen and DeepSeek recommend.
+    "plain": "{problem}",
+    "boxed": "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}.",
+}
 INSTRUCTIONS = {
     "v1": "Solve the following math problem concisely and correctly. Be direct: avoid unnecessary "
     "elaboration, redundant steps, or restating the problem. Focus only on the key reasoning steps "
@@ -151,8 +134,7 @@ INSTRUCTIONS = {
     "over-compress: keep every reasoning step needed for correctness, including case analysis, "
     "edge cases, and a brief check of the final answer. Never omit a step that the answer depends "
     "on.",
-}
-INSTRUCTIONS |= {
+} | {
     f"percent:{percent}": f"Solve the following math problem correctly using {percent}% fewer "
     "tokens than you normally would. Be more concise: cut unnecessary elaboration, redundant "
     "steps, and verbose explanations while preserving correctness."
@@ -164,38 +146,22 @@ def prompt_pair(chat: Chat, instruction: str, style: str = "paper") -> tuple[Cha
     """The student's chat, x, and the teacher's, (x, c), for one problem.
 
     "What is 1 + 1?" with the instruction v1, shortened:
-        x         Solve the following math problem step by step. The last line of your response ...
-                  What is 1 + 1? ...
-        (x, c)    Solve the following math problem concisely and correctly. Be direct: avoid ...
-                  The last line of your response ... What is 1 + 1? ...
-    Style `paper` reads the last turn only; `plain` keeps all turns, with c before the last text;
-    `boxed` is `plain` with a request, usual in the field, behind the last text.
-    With the instruction `none` the teacher gets x too. Raises ValueError for every other single
-    word, except v1, v2 and percent:P (P: 1 to 99).
+        x         Solve the following ... step by step. The last line of ... What is 1 + 1? ...
+        (x, c)    Solve the following ... concisely and ... The last line of ... What is 1 + 1? ...
+    In other styles c and an empty line stand in front of the student's text. With the instruction
+    `none` the teacher gets x too. Raises BadInput for other single words and for unknown styles.
     """
-    c, task = INSTRUCTIONS.get(instruction, instruction), f"{TASK} " if style == "paper" else ""
-    if len(c.split()) < 2 and c != "none":
-        raise ValueError(f"--instruction is {c!r}, not v1, v2, percent:1..99, none or a text")
-    if style == "paper":
-        problem = without_wrapper(chat[-1]["content"])
-        chat = [{"role": "user", "content": task + PROMPT.format(problem=problem)}]
-    if style == "boxed":
-        text = f"{chat[-1]['content']}\n\n{REQUEST}"
-        chat = [*chat[:-1], {**chat[-1], "content": text}]
-    if c == "none":
-        return chat, chat
-    text = chat[-1]["content"].removeprefix(task)
-    return chat, [*chat[:-1], {**chat[-1], "content": f"{c}\n\n{text}"}]
-
-
-def encode_chats(tokenizer: Tokenizer, chats: list[Chat], **options) -> list[Ids]:
-    """Token ids by the model's own template, up to the opening of the assistant's turn.
-
-    Thinking is up to the model: Qwen3 writes <think> itself, DeepSeek-R1-Distill's template does.
-    Control tokens in a problem's text (<|im_end|>, say) are encoded as plain text.
-    """
-    options |= {"sanitize_control_tokens": True, "return_dict": False}
-    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options)
+    template, c = PROMPTS.get(style, style), INSTRUCTIONS.get(instruction, instruction)
+    require(
+        "{problem}" in template, f"--prompt {style!r} is no style, and no text with {{problem}}"
+    )
+    known = len(c.split()) > 1 or c == "none"
+    require(known, f"--instruction is {c!r}, not v1, v2, percent:1..99, none or a text")
+    *turns, last = chat
+    problem = last["content"] if style == "plain" else without_wrapper(last["content"])
+    x = template.replace("{problem}", problem)
+    x_c = x if c == "none" else f"{c}\n\n{x.removeprefix(f'{TASK} ') if style == 'paper' else x}"
+    return [*turns, {**last, "content": x}], [*turns, {**last, "content": x_c}]
 
 
 # ---- Rollout -------------------------------------------------------------------------------------
@@ -203,18 +169,23 @@ def encode_chats(tokenizer: Tokenizer, chats: list[Chat], **options) -> list[Ids
 
 @torch.no_grad()
 def rollout(model: Model, prompts: list[Ids], batch_size: int) -> list[Ids]:
-    """Samples one completion of each prompt, batch_size at a time, by model.generation_config.
-    A completion ends with its first stop id; one that was cut at max_new_tokens has none."""
+    """Samples one completion of each prompt, batch_size at a time, with the model's
+    generation_config, which must be one of `sampling_settings`. A completion ends with its first
+    stop id; one that was cut at max_new_tokens has none."""
     settings, completions = model.generation_config, []
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")  # completions start together
+    bar = tqdm(unit="token", leave=False, disable=QUIET)
+    bar.put, bar.end = lambda _: bar.update(), bar.refresh  # generate() calls these of a streamer
     for start in range(0, len(prompts), batch_size):
         rows = [torch.tensor(prompt) for prompt in prompts[start : start + batch_size]]
-        ones = [torch.ones_like(row) for row in rows]
-        input_ids = pad_sequence(rows, True, settings.pad_token_id, padding_side="left")  # (B, P)
-        attention_mask = pad_sequence(ones, True, 0, padding_side="left").to(DEVICE)  # (B, P)
-        output = model.generate(input_ids.to(DEVICE), attention_mask=attention_mask)  # (B, P + T)
+        input_ids = pad(rows, padding_value=settings.pad_token_id).to(DEVICE)  # (B, P)
+        attention_mask = pad([torch.ones_like(row) for row in rows]).to(DEVICE)  # (B, P)
+        bar.reset(settings.max_new_tokens + 1)  # the prompt is put, too
+        output = model.generate(input_ids, attention_mask=attention_mask, streamer=bar)  # (B, P+T)
         for ids in output[:, input_ids.shape[1] :].tolist():
             stops = [t for t, token in enumerate(ids) if token in settings.eos_token_id]
             completions.append(ids[: stops[0] + 1] if stops else ids)  # padding follows a stop id
+    bar.close()
     return completions
 
 
@@ -239,7 +210,7 @@ def align(prompts: list[Ids], completions: list[Ids]) -> tuple[torch.Tensor, tor
     pairs = list(zip(prompts, completions, strict=True))
     rows = [torch.tensor(x + y) for x, y in pairs]
     marks = [torch.tensor([False] * (len(x) - 1) + [True] * len(y) + [False]) for x, y in pairs]
-    return pad_sequence(rows, True, 0), pad_sequence(marks, True, False)
+    return pad_sequence(rows, batch_first=True), pad_sequence(marks, batch_first=True)
 
 
 class Scorer(torch.nn.Module):
@@ -274,43 +245,44 @@ def divergence(student_logps: torch.Tensor, teacher_logps: torch.Tensor, kind: s
 
 
 def project(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Logits (N, V) in fp32; rounded to bf16 they would bury the small divergence."""
-    if not CUDA:
-        return states.float() @ head.float().T
-    return torch.mm(states, head.T, out_dtype=torch.float32)  # bf16 operands, on a GPU
+    """Logits (N, V) in fp32: rounding them to bf16 changes them by more than the KL itself."""
+    if CUDA:
+        return torch.mm(states, head.T, out_dtype=torch.float32)  # the operands stay in bf16
+    return states.float() @ head.float().T
 
 
 CHUNK = 192  # positions whose logits exist at once
 
 
 class ChunkedDivergence(torch.autograd.Function):
-    """sum_t weight_t D(q_t, p_t) from states and heads, without the logits of all T positions.
-
-    The forward pass computes the gradients too: for one chunk of positions at a time it forms the
-    logits, differentiates `divergence`, and adds the result to the gradients of states and head.
-    """
+    """sum_t weight_t D(q_t, p_t) from states and heads, without the logits of all T positions: the
+    forward pass forms those of one chunk of positions at a time, and computes the gradients too."""
 
     @staticmethod
     def forward(ctx, student_states, student_head, teacher_states, teacher_head, weights, kind):
-        """States (T, H), heads (V, H), weights (T,) -> loss; D and both entropies as (3, T)."""
-        statistics = weights.new_empty(3, len(weights))
+        """States (T, H), heads (V, H), weights (T,) -> the loss; statistics by name, (T,) each."""
+        vocabulary = min(len(student_head), len(teacher_head))  # without rows that pad only one
+        q_head, p_head, chunks = student_head[:vocabulary], teacher_head[:vocabulary], []
         grad_states = torch.empty_like(student_states)
-        grad_head = torch.zeros_like(student_head, dtype=torch.float32)
+        grad_head = torch.zeros_like(student_head, dtype=torch.float32)  # 2.5 GB for Qwen3-8B
         for start in range(0, len(weights), CHUNK):
             rows = slice(start, start + CHUNK)
-            student_logits = project(student_states[rows], student_head).requires_grad_()  # (N, V)
-            teacher_logits = project(teacher_states[rows], teacher_head)  # (N, V)
+            student_logits = project(student_states[rows], q_head).requires_grad_()  # (N, V)
+            teacher_logps = project(teacher_states[rows], p_head).log_softmax(-1)  # (N, V)
             with torch.enable_grad():
-                logps = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-                nats = divergence(*logps, kind)  # (N,)
+                student_logps = student_logits.log_softmax(-1)  # (N, V)
+                nats = divergence(student_logps, teacher_logps, kind)  # (N,)
+            # For the reverse KL: d D / d z_v = q_v (log q_v - log p_v - D), z the student's logits
             (grad_logits,) = torch.autograd.grad(nats, student_logits, weights[rows])  # (N, V)
-            statistics[0, rows] = nats.detach()
-            statistics[1:, rows] = torch.stack([-(x.exp() * x).sum(-1) for x in logps]).detach()
-            grad_states[rows] = grad_logits.to(student_head.dtype) @ student_head
-            grad_head.addmm_(grad_logits.T, student_states[rows].float())
+            grad_states[rows] = grad_logits.to(q_head.dtype) @ q_head
+            grad_head[:vocabulary].addmm_(grad_logits.T, student_states[rows].float())
+            statistics = {"loss": nats.detach()}
+            statistics["student_entropy"] = -(student_logps.exp() * student_logps).sum(-1)
+            statistics["teacher_entropy"] = -(teacher_logps.exp() * teacher_logps).sum(-1)
+            chunks.append(statistics)
         ctx.save_for_backward(grad_states, grad_head)
-        ctx.mark_non_differentiable(statistics)
-        return statistics[0] @ weights, statistics  # Eq. (1); weight_t is 1 / |y_i| / batch_size
+        statistics = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        return statistics["loss"] @ weights, statistics  # Eq. (1) with weight_t = 1 / |y_i| / B
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -322,23 +294,24 @@ class ChunkedDivergence(torch.autograd.Function):
 
 def distillation_loss(
     student: Scorer, teacher: Scorer, triples: list[Triple], kind: str, batch_size: int
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """What these completions add to 1/B sum_i 1/|y_i| sum_t D(q_t, p_t), in nats; B = batch_size.
+) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+    """What these completions add to 1/B sum_i 1/|y_i| sum_t D(q_t, p_t), in nats; B is batch_size.
 
     The y_i are fixed: no gradient goes through their sampling. Losses and gradients of
-    micro-batches add up to the batch's. Returns also, without gradient, for each completion (3,
-    |y_i|): D, the student's entropy and the teacher's at each of its tokens.
+    micro-batches add up to the batch's. Returns also the statistics of each completion, (|y_i|,)
+    each: `loss` is D at its tokens.
     """
     student_prompts, teacher_prompts, completions = zip(*triples, strict=True)
     student_states = student(*align(student_prompts, completions))  # (T, H), of q_t
     with torch.no_grad():
         teacher_states = teacher(*align(teacher_prompts, completions))  # (T, H), of p_t
-    lengths = [len(y) for y in completions]
-    weights = torch.tensor([1 / length / batch_size for length in lengths for _ in range(length)])
+    lengths = torch.tensor([len(y) for y in completions])
+    weights = (1 / (lengths * batch_size)).repeat_interleave(lengths).to(DEVICE)  # (T,)
     loss, statistics = ChunkedDivergence.apply(
-        student_states, student.head, teacher_states, teacher.head, weights.to(DEVICE), kind
+        student_states, student.head, teacher_states, teacher.head, weights, kind
     )
-    return loss, list(statistics.split(lengths, dim=1))
+    parts = [values.split(lengths.tolist()) for values in statistics.values()]
+    return loss, [dict(zip(statistics, part, strict=True)) for part in zip(*parts, strict=True)]
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -351,12 +324,32 @@ def refresh(teacher: Scorer, student: Scorer, share: float) -> None:
         old.lerp_(new, share)  # old + share (new - old); torch makes it a copy at 1
 
 
-def train(run: SimpleNamespace) -> None:
-    """Algorithm 1, from the step after run.done, with the models and prompts of `prepare`."""
-    config, student, teacher, sampler = run.config, run.student, run.teacher, run.sampler
+def train(config: Config, complete: Callable[[Model, list[Ids], int], list[Ids]] = rollout) -> None:
+    """Algorithm 1. `complete` turns prompts of the student into one completion each, as `rollout`
+    does, with the sampler and --rollout_batch_size: the place for another engine."""
+    check_options(config)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    data = enumerate(batches(run.prompts, config.batch_size, config.seed), 1)
-    for step, batch in itertools.islice(data, run.done, config.steps):  # done + 1, ..., steps
+    output_dir = Path(config.output_dir).expanduser()
+    tokenizer = load_tokenizer(config.model, config.teacher)
+    prompts = load_prompts(config, tokenizer)  # of each problem: x and (x, c) as ids, x as a chat
+
+    # Student and teacher have fp32 weights, a part on each rank, and compute in --dtype. The
+    # sampler has the student's weights in --dtype, whole on every rank; it generates and is saved.
+    student = shard(load_model(config.model), config)
+    teacher = shard(load_model(config.teacher or config.model).requires_grad_(False), config)
+    sampler = load_model(config.model, config.dtype, DEVICE)
+    ids = [ids for *pair, _ in prompts for ids in pair]
+    sampler.generation_config = sampling_settings(config, [sampler, teacher.model], tokenizer, ids)
+    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(student.parameters(), **options)
+    done = open_run(config, tokenizer, prompts)  # steps of the checkpoint to go on from, or 0
+    if done:
+        load_checkpoint(output_dir / f"step-{done}", student, teacher, optimizer)
+        copy_to_sampler(student, sampler)
+    bar = tqdm(initial=done, total=config.steps, unit="step", disable=QUIET)
+    signals = catch_signals()  # grows with Ctrl-C and the like
+    data = enumerate(batches(prompts, config.batch_size, config.seed), 1)
+    for step, batch in itertools.islice(data, done, config.steps):  # done + 1, ..., steps
         metrics = {"step": step}  # for the log
 
         # "if k mod M == 0, theta_bar <- theta"
@@ -365,116 +358,120 @@ def train(run: SimpleNamespace) -> None:
             refresh(teacher, student, config.refresh_share)  # Eq. (2)
 
         # "sample a batch of B problems": each rank takes its share, B / ranks
-        student_prompts, teacher_prompts, chats = zip(*batch[rank::ranks], strict=True)
+        student_prompts, teacher_prompts, _ = zip(*batch[rank::ranks], strict=True)
 
         # "one rollout y_i of each from the student"
         start = time.perf_counter()
         torch.manual_seed((config.seed * 100_000 + step) * 1_000 + rank)  # differs by step and rank
-        rollouts = rollout(sampler, student_prompts, config.rollout_batch_size)
-        completions = rewrite(run, chats, rollouts) if config.rewrite else rollouts
+        completions = complete(sampler, student_prompts, config.rollout_batch_size)
         metrics["rollout_seconds"] = time.perf_counter() - start
 
         # "student and teacher logits on the same y_i", "L_i = sum_t KL(q_t || p_t)"
         start = time.perf_counter()
         triples = list(zip(student_prompts, teacher_prompts, completions, strict=True))
         triples.sort(key=lambda triple: len(triple[-1]))  # less padding
-        size, statistics = len(triples), []
-        for first in range(0, len(triples), config.micro_batch_size):
-            part = triples[first : first + config.micro_batch_size]
-            # size is B / ranks, and FSDP2 averages gradients over the ranks: together 1 / B.
-            loss, of_part = distillation_loss(student, teacher, part, config.divergence, size)
-            loss.backward()
-            statistics += of_part
+        size, share, statistics = config.micro_batch_size, len(triples), []  # share: B / ranks
+        for first in range(0, share, size):
+            part = triples[first : first + size]
+            loss, parts = distillation_loss(student, teacher, part, config.divergence, share)
+            loss.backward()  # FSDP2 averages gradients over the ranks: together 1 / B
+            statistics += parts
         teacher.reshard()  # frees its embedding and head; a backward pass frees the student's
 
         # "one step on (1/B) sum_i L_i"
         metrics["grad_norm"] = clip_gradients(student, config.max_grad_norm)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         copy_to_sampler(student, sampler)  # so the next rollouts are on-policy
         metrics["update_seconds"] = time.perf_counter() - start
 
-        finish_step(run, metrics, rollouts, triples, statistics)
-    save(run)
-
-
-# ---- Support: rewritten rollouts, beyond the paper -----------------------------------------------
-
-
-def rewriting_chat(chat: Chat, solution: str) -> Chat:
-    """The chat, its last text followed by a solution and by the request to rewrite it."""
-    text = f"{chat[-1]['content']}\n\nHere is a solution:\n\n{solution}\n\nRewrite it as concisely "
-    text += "as you can, in the same form. Keep every step that the answer needs."
-    return [*chat[:-1], {**chat[-1], "content": text}]
-
-
-def rewrite(run: SimpleNamespace, chats: list[Chat], rollouts: list[Ids]) -> list[Ids]:
-    """Rewrites by --teacher, or else by the sampler; thinking is off if the template can switch it.
-    A rollout is kept if its rewrite is empty, no shorter (as one cut at the limit), or of another
-    form: one of the two without thinking."""
-    decode = partial(run.tokenizer.batch_decode, skip_special_tokens=True)
-    texts = decode(rollouts)
-    asking = [rewriting_chat(*pair) for pair in zip(chats, texts, strict=True)]
-    prompts = encode_chats(run.tokenizer, asking, enable_thinking=False)
-    rewrites = rollout(run.rewriter, prompts, run.config.rollout_batch_size)
-    return [
-        z if new.strip() and len(z) < len(y) and ("</think>" in new) == ("</think>" in old) else y
-        for y, old, z, new in zip(rollouts, texts, rewrites, decode(rewrites), strict=True)
-    ]
+        # Log and checkpoint
+        metrics |= batch_means(triples, statistics, sampler.generation_config.eos_token_id, signals)
+        interrupted = metrics.pop("signals") > 0
+        due = interrupted or (config.save_every > 0 and step % config.save_every == 0)
+        if rank == 0:
+            log_step(output_dir, metrics, bar)
+        if rank == 0 and (due or step in (1, config.steps)):
+            keep_rollouts(output_dir / f"rollouts-{step}.jsonl", tokenizer, triples, statistics)
+        if due and step < config.steps:
+            save(output_dir / f"step-{step}", tokenizer, sampler, student, teacher, optimizer)
+            if interrupted:
+                raise KeyboardInterrupt(f"step {step} is saved, --resume goes on")
+    save(output_dir, tokenizer, sampler, student)
 
 
 # ---- Support: models -----------------------------------------------------------------------------
 
 
-def load_model(name: str, dtype: torch.dtype | str, device: Any = DEVICE) -> Model:
-    """A causal language model in evaluation mode; dtype "auto" is the stored one. Raises ValueError
+def load_tokenizer(name: str, teacher: str = "") -> Tokenizer:
+    """The model's own tokenizer. Raises BadInput if it can't be read or saved, or if a teacher's
+    tokenizer has other words."""
+    with reading(name), tempfile.TemporaryDirectory() as trial:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer.save_pretrained(trial)  # better now than after the last step
+    same = not teacher or load_tokenizer(teacher).get_vocab() == tokenizer.get_vocab()
+    require(same, f"the tokenizer of {teacher} has other words than that of {name}")
+    return tokenizer
+
+
+def load_model(name: str, dtype: str = "auto", device: Any = "cpu") -> Model:
+    """A causal language model in evaluation mode; dtype "auto" is the stored one. Raises BadInput
     if weights are missing, or if its logits are not final hidden states times its head."""
     with reading(name):
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
+        missing = sorted(info["missing_keys"])
+        require(not missing, f"of its weights {missing[:1]} is missing")
+        if getattr(model.config, "output_router_logits", False):
+            model.config.output_router_logits = False  # the method has no auxiliary loss
         head, ids = model.to(device).get_output_embeddings(), torch.arange(8, device=device)[None]
         with torch.no_grad():
-            logits, states = model(ids).logits, model.base_model(ids, use_cache=False)[0]
+            logits, states = model(ids, return_dict=True).logits, model.base_model(ids)[0]
+        require(logits.isfinite().all(), "its logits are not finite: its weights are broken")
         error = (logits - states @ head.weight.T).abs().max() / logits.abs().max()
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"{missing[0]} is missing")
-        if not error < max(5e-7, torch.finfo(states.dtype).eps):  # a bias, a scale, a cap
-            raise ValueError("its logits are not final states times its head")
+        exact = error < max(5e-7, torch.finfo(states.dtype).eps)  # no scale, no cap
+        exact = exact and getattr(head, "bias", None) is None
+        require(exact, "its logits are not final states times its head")
+    if others := sorted(info["unexpected_keys"]):  # of a vision encoder, for one
+        log = transformers.utils.logging.get_logger(__name__)
+        log.warning_once(f"{name}: the text model alone is trained and saved: no {others[0]} ...")
     return model
 
 
-def sampling_settings(model: Model, prompts: list[Ids], room: int, **sampling) -> GenerationConfig:
-    """Settings for generate(): `sampling`, the model's own stop ids, and `room` new tokens unless
-    `sampling` says fewer. They must replace model.generation_config, which fills in what generate()
-    is not told (Qwen3 ships top-p 0.95 and top-k 20). Raises ValueError for ids that are no tokens
-    of the model, and for prompts without `room` positions behind them."""
-    name, options = model.name_or_path, model.config.get_text_config()
-    shipped = model.generation_config.eos_token_id  # one id or several
-    stop_ids = [] if shipped is None else torch.tensor(shipped).view(-1).tolist()
-    if not stop_ids or not all(0 <= stop < options.vocab_size for stop in stop_ids):
-        raise ValueError(f"{name} should stop at eos_token_id {shipped}, which is no token")
-    if not all(prompts) or max(map(max, prompts)) >= options.vocab_size:
-        raise ValueError(f"the tokenizer of {name} does not fit its model")
-    longest, most = max(map(len, prompts)) + room, getattr(options, "max_position_embeddings", None)
-    if longest > (most or longest):
-        raise ValueError(f"prompt + --max_new_tokens: {longest}, but {name} has {most} positions")
-    # A broken model may sample: its gradient will end the run with a clear message.
-    sampling = {"max_new_tokens": room, "do_sample": True, "remove_invalid_values": True} | sampling
-    return GenerationConfig(eos_token_id=stop_ids, pad_token_id=stop_ids[0], **sampling)
+def sampling_settings(
+    options: Any, models: list[Model], tokenizer: Tokenizer, prompts: list[Ids]
+) -> GenerationConfig:
+    """Settings for generate(): those of the options, and the stop ids of all models and the
+    tokenizer. They must replace model.generation_config, which fills in what generate() is not told
+    (Qwen3 ships top-p 0.95 and top-k 20). Raises BadInput if prompts or stop ids fit no model."""
+    ends = [model.generation_config.eos_token_id for model in models] + [tokenizer.eos_token_id]
+    ends = [ids if isinstance(ids, list) else [ids] for ids in ends]  # one id, several or None
+    stop_ids = [stop for stop in dict.fromkeys(sum(ends, [])) if stop is not None]
+    length = max(map(len, prompts)) + options.max_new_tokens
+    for model in models:
+        name, sizes = model.name_or_path, model.config.get_text_config()
+        fits = stop_ids and all(prompts) and max(map(max, [*prompts, stop_ids])) < sizes.vocab_size
+        require(fits, f"{name} has no token for its stop ids {stop_ids}, or for a word of a prompt")
+        room = getattr(sizes, "max_position_embeddings", None) or length
+        require(length <= room, f"{name} has {room} positions, prompt + --max_new_tokens {length}")
+    names = ("temperature", "top_p", "top_k", "max_new_tokens")
+    sampling = {name: getattr(options, name, 0) for name in names}  # top_k 0: the whole vocabulary
+    ends = {"eos_token_id": stop_ids, "pad_token_id": stop_ids[0]}
+    return GenerationConfig(do_sample=True, **ends, **sampling)
 
 
-def shard(model: Model, dtype: str, offload: bool) -> Scorer:
-    """FSDP2: fp32 weights in equal parts on all ranks; a layer is gathered in `dtype` when it runs,
+def shard(model: Model, config: Config) -> Scorer:
+    """FSDP2: fp32 weights in equal parts on all ranks; a layer is gathered in --dtype when it runs,
     and its activations are computed again in the backward pass. The optimizer works in fp32: at a
     learning rate of 1e-6, few bf16 weights would change."""
     scorer, names = Scorer(model), model._no_split_modules or ()  # classes of decoder layers
     layers = [module for module in model.modules() if type(module).__name__ in names]
     for layer in layers:
         layer.forward = partial(recompute_in_backward, layer.forward, use_reentrant=False)
-    compute = getattr(torch, dtype)
-    precision = fsdp.MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
-    place = fsdp.CPUOffloadPolicy(CUDA) if offload else fsdp.OffloadPolicy()
+    dtype = getattr(torch, config.dtype)
+    precision = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    place = fsdp.CPUOffloadPolicy(CUDA) if config.offload else fsdp.OffloadPolicy()
     for module in (*layers, scorer):
         fsdp.fully_shard(module.float(), mp_policy=precision, offload_policy=place)
     return scorer
@@ -491,183 +488,254 @@ def clip_gradients(student: Scorer, max_norm: float) -> float:
     """Scales gradients to a global L2 norm of at most max_norm; returns the norm before. Raises
     SystemExit if it is not finite."""
     grads = [weight.grad.to_local() for weight in student.parameters() if weight.grad is not None]
-    # Norms of pieces: over 2**28 numbers at once, torch's fp32 norm on a CPU is 4% too low.
+    # Norms of pieces, because on a CPU torch's fp32 norm of 2**28 numbers is 4% too low.
     pieces = [piece for grad in grads for piece in grad.flatten().split(2**20)]
     square = torch.nn.utils.get_total_norm(pieces).to(DEVICE) ** 2
     dist.all_reduce(square)
     norm = square.sqrt().item()
-    if not math.isfinite(norm):
-        remedy = "look at the model, or lower --learning_rate"
-        raise SystemExit(f"opsdc.py: a gradient is not finite, nothing was updated: {remedy}")
+    if not math.isfinite(norm):  # nothing was updated
+        raise SystemExit("opsdc.py: a gradient is not finite: look at model and --learning_rate")
     for grad in grads:
         grad.mul_(min(1.0, max_norm / (norm + 1e-6)))
     return norm
 
 
-# ---- Support: checkpoints, log, signals ----------------------------------------------------------
+# ---- Support: checkpoints and log ----------------------------------------------------------------
+
+# What --resume may change. Another rollout_batch_size draws other samples, equally distributed.
+MAY_CHANGE = {"output_dir", "steps", "save_every", "offload", "resume"}
+MAY_CHANGE |= {"micro_batch_size", "rollout_batch_size"}
 
 
-def training_state(run: SimpleNamespace) -> dict[str, Any]:
+def open_run(config: Config, tokenizer: Tokenizer, prompts: list) -> int:
+    """Writes run.json, or compares the one that is there. Returns the step of the newest complete
+    checkpoint, 0 without one. Raises BadInput if output_dir is of another run."""
+    chats = digest(json.dumps([[chat for *_, chat in prompts], tokenizer.chat_template]))
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+    run = {"config": asdict(config), "prompts": chats, "versions": versions}
+    path = Path(config.output_dir).expanduser() / "run.json"
+    dist.barrier()  # all ranks have passed all checks
+    with reading(path):
+        if dist.get_rank() == 0 and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(run, indent=2), encoding="utf-8")
+        dist.barrier()
+        before = json.loads(path.read_text(encoding="utf-8"))
+        options = asdict(Config()) | before["config"]  # an option that it lacks was the default
+        for name in options.keys() - MAY_CHANGE:
+            same = options[name] == run["config"].get(name)
+            require(same, f"it is of a run with --{name} {options[name]}")
+        require(before["prompts"] == chats, "it is of a run with other prompts")
+        # A step-N with .metadata is complete: torch writes it last.
+        steps = [int(file.parent.name[5:]) for file in path.parent.glob("step-*/.metadata")]
+        done = max(steps, default=0)
+        require(done <= config.steps, f"{done} steps are done, more than --steps {config.steps}")
+    log = path.with_name("metrics.jsonl")
+    if dist.get_rank() == 0 and log.exists():
+        os.truncate(log, sum(map(len, log.read_bytes().splitlines(True)[:done])))
+    return done
+
+
+def training_state(student: Scorer, teacher: Scorer, optimizer: Any) -> dict[str, Any]:
     """Weights and AdamW's state, as torch.distributed.checkpoint reads and writes them."""
-    adamw = get_optimizer_state_dict(run.student, run.optimizer)
-    student, teacher = run.student.state_dict(), run.teacher.state_dict()
-    return {"student": student, "teacher": teacher, "adamw": adamw}
+    adamw = get_optimizer_state_dict(student, optimizer)
+    return {"student": student.state_dict(), "teacher": teacher.state_dict(), "adamw": adamw}
 
 
-def save(run: SimpleNamespace, step: int = 0) -> None:
-    """Saves step-N: a model, and the state for --resume. Without a step: the final model. A
-    directory named step-N is always complete. Raises SystemExit if it can't be written."""
-    directory = run.output_dir / "unfinished" if step else run.output_dir
-    try:
-        if step:
-            dcp.save(training_state(run), checkpoint_id=directory)
-        if run.log:
-            run.sampler.save_pretrained(directory)
-            run.student.model.generation_config.save_pretrained(directory)  # as shipped
-            run.tokenizer.save_pretrained(directory)  # last: marks a finished run
-            if step:
-                shutil.copy(run.output_dir / "run.json", directory)
-                directory.rename(run.output_dir / f"step-{step}")
-    except (Exception, dcp.CheckpointException) as error:  # each library fails in its own way
-        message = f"opsdc.py: {directory} can't be saved: {one_line(error)}"
-        raise SystemExit(f"{message}; --resume goes on from the newest step-N, if any") from error
+def load_checkpoint(directory: Path, student: Scorer, teacher: Scorer, optimizer: Any) -> None:
+    """Reads what `save` has written, on any number of ranks."""
+    with reading(f"{directory} (removed, --resume goes on from an older one)"):
+        dcp.load(training_state(student, teacher, optimizer), checkpoint_id=directory)
+
+
+def save(directory: Path, tokenizer: Tokenizer, sampler: Model, student: Scorer, *state) -> None:
+    """Saves a Hugging Face model; with teacher and optimizer, what --resume needs, else `finished`.
+    Raises OSError if it can't be written."""
+    with reading(directory, "can't be saved", OSError):
+        if dist.get_rank() == 0:
+            sampler.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+            settings = student.model.generation_config  # as shipped, but for all stop ids
+            settings.eos_token_id = sampler.generation_config.eos_token_id
+            # not by save_pretrained(), which refuses some of those that are shipped
+            settings.to_json_file(directory / "generation_config.json")
+            if state:
+                shutil.copy(directory.parent / "run.json", directory)
+        if state:
+            dcp.save(training_state(student, *state), checkpoint_id=directory)
+        elif dist.get_rank() == 0:
+            (directory / "finished").touch()
     dist.barrier()
 
 
-def finish_step(
-    run: SimpleNamespace, metrics: dict, rollouts: list[Ids], triples: list, statistics: list
-) -> None:
-    """Logs a step, saves it if due, shows it last: a closed terminal must not lose a step. Raises
-    KeyboardInterrupt after saving if a rank has caught a signal."""
-    config, step, completions = run.config, metrics["step"], [y for _, _, y in triples]
-    cut = [y[-1] not in run.sampler.generation_config.eos_token_id for y in rollouts]
-    sums = [sum(cut), sum(map(len, rollouts)), sum(map(len, completions))]
-    means = torch.stack([of_tokens.mean(1) for of_tokens in statistics]).mean(0).tolist()
-    values = torch.tensor([*means, *(s / len(cut) for s in sums), len(run.signals)], dtype=float)
-    dist.all_reduce(values)
-    *values, signals = (values / dist.get_world_size()).tolist()
-    names = "loss student_entropy teacher_entropy truncated completion_tokens trained_tokens"
-    metrics |= dict(zip(names.split(), values, strict=True))
-    tokens = metrics["completion_tokens"] * config.batch_size
-    metrics["tokens_per_second"] = tokens / metrics["rollout_seconds"]
-    metrics["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    last = step == config.steps
-    due = not last and (signals or config.save_every and step % config.save_every == 0)
-    if run.log:
-        print(json.dumps(metrics), file=run.log, flush=True)
-        if step == 1 or last or due:  # keeps at most four rollouts, from short to long
-            nth = math.ceil(len(completions) / 4)
-            with open(run.output_dir / f"rollouts-{step}.jsonl", "w", encoding="utf-8") as file:
-                for y, (nats, *_) in zip(completions[::nth], statistics[::nth], strict=True):
-                    tokens = [run.tokenizer.decode([token]) for token in y]
-                    print(json.dumps({"tokens": tokens, "divergence": nats.tolist()}), file=file)
-    if due:
-        save(run, step)
-    if run.log:
-        line = "step {step}: loss {loss:.4f}, {completion_tokens:.1f} tokens, {truncated:.0%} cut, "
-        line += "entropy {student_entropy:.2f}, {rollout_seconds:.1f} + {update_seconds:.1f} s"
-        try:
-            run.bar.write(line.format(**metrics), sys.stderr)
-            run.bar.update()
-        except OSError:  # nobody reads any more
-            run.bar.disable, sys.stderr = True, open(os.devnull, "w")
-    if signals and not last:
-        raise KeyboardInterrupt(f"step {step} is saved, --resume goes on")
+def batch_means(triples: list, statistics: list, stop_ids: Ids, signals: list) -> dict[str, float]:
+    """Means over the batch of each completion's mean statistics and length, and of whether it was
+    cut at max_new_tokens; the number of signals on all ranks; this rank's peak of GPU memory."""
+    rows = []
+    for (_, _, y), of_tokens in zip(triples, statistics, strict=True):
+        row = {name: values.mean().item() for name, values in of_tokens.items()}
+        cut = y[-1] not in stop_ids
+        rows.append(row | {"completion_tokens": len(y), "truncated": cut, "signals": len(signals)})
+    means = torch.tensor([[*row.values()] for row in rows], dtype=torch.float64).mean(0).to(DEVICE)
+    dist.all_reduce(means)
+    metrics = dict(zip(rows[0], (means / dist.get_world_size()).tolist(), strict=True))
+    return metrics | {"peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9}
 
 
-def catch_signals(caught: list[float]) -> None:
-    """Makes Ctrl-C, SIGTERM and SIGHUP end the run after its step, and a second one at once.
-    Signals within one second count as one: torchrun forwards duplicates."""
+def keep_rollouts(path: Path, tokenizer: Tokenizer, triples: list, statistics: list) -> None:
+    """Writes at most four completions, from short to long, with the divergence at each token."""
+    nth = math.ceil(len(triples) / 4)
+    with open(path, "w", encoding="utf-8") as file:
+        for (_, _, y), of_tokens in zip(triples[::nth], statistics[::nth], strict=True):
+            row = {"tokens": [tokenizer.decode([token]) for token in y]}
+            print(json.dumps(row | {"divergence": of_tokens["loss"].tolist()}), file=file)
 
-    def catch(*_) -> None:
-        caught.append(time.monotonic())
-        if caught[-1] > caught[0] + 1:
-            raise KeyboardInterrupt("the unfinished step is lost, --resume goes on")
+
+def log_step(output_dir: Path, metrics: dict[str, Any], bar: tqdm) -> None:
+    """Adds a row to metrics.jsonl, and shows some of it."""
+    with open(output_dir / "metrics.jsonl", "a", encoding="utf-8") as log:
+        print(json.dumps(metrics), file=log)
+    line = "step {step}: loss {loss:.4f}, {completion_tokens:.1f} tokens, {truncated:.0%} cut, "
+    line += "entropy {student_entropy:.2f}, {rollout_seconds:.1f} + {update_seconds:.1f} s"
+    bar.write(line.format(**metrics), file=sys.stderr)
+    bar.update()
+
+
+def catch_signals() -> list[int]:
+    """Lists Ctrl-C, SIGTERM and SIGHUP as they come; the second of a kind ends the process."""
+    caught: list[int] = []
+
+    def catch(number: int, _: Any) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, catch)
+    return caught
 
 
 # ---- Support: data -------------------------------------------------------------------------------
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message, or of its cause's where it has one."""
-    if isinstance(error, dcp.CheckpointException):
-        error = next(iter(error.failures.values()))[0]  # on one of the ranks
-    while error.__cause__:
-        error = error.__cause__
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+class BadInput(ValueError):
+    """Something that the user can mend, in one line; the exit code is 2."""
+
+
+def require(condition: Any, message: str) -> None:
+    """Raises BadInput with the message if the condition is false."""
+    if not condition:
+        raise BadInput(message)
 
 
 @contextlib.contextmanager
-def reading(source: str | Path) -> Iterator[None]:
-    """Turns any error into a ValueError of one line that names the source."""
+def reading(source: Any, fault: str = "can't be used", kind: type = BadInput) -> Iterator[None]:
+    """Turns any error into one of one line that names the source."""
     try:
         yield
     except (Exception, dcp.CheckpointException) as error:
-        raise ValueError(f"{source} can't be used: {one_line(error)}") from None
+        if isinstance(error, dcp.CheckpointException):
+            error = next(iter(error.failures.values()))[0]  # on one of the ranks
+        message = " ".join(str(error).split())[:400] or type(error).__name__  # may list choices
+        raise kind(f"{source} {fault}: {message}") from error
 
 
-def load_rows(source: str, split: str = "train") -> list[dict[str, Any]]:
-    """Rows of a .jsonl, .json or .parquet file, as written, or of the split of a hub dataset."""
+def load_rows(source: str, split: str = "train") -> Iterator[Any]:
+    """Rows of a .jsonl, .json or .csv file (also .gz) or of a .parquet file; or of a dataset, on
+    the hub or in a directory: id, id:config or id:config:split. Raises BadInput for others."""
     with reading(source):
-        if source.endswith(".parquet"):
-            return pyarrow.parquet.ParquetFile(source).read().to_pylist()
-        if source.endswith((".jsonl", ".json")):
-            text = Path(source).read_text(encoding="utf-8").strip()
-            commas = text.replace("\n", ",\n")  # so an error names the line
-            return json.loads(text if text.startswith("[") else f"[{commas}]")
-        return datasets.load_dataset(source, split=split).to_list()
+        kind = Path(source.lower().removesuffix(".gz")).suffix
+        name, config, part = [*source.split(":"), "", ""][:3]
+        if kind == ".parquet":
+            for batch in pyarrow.parquet.ParquetFile(source).iter_batches():
+                yield from batch.to_pylist()
+        elif kind in (".jsonl", ".json"):  # datasets would turn texts into dates and numbers
+            with fsspec.open(source, "rt", compression="infer", encoding="utf-8-sig") as file:
+                text = file.read().strip()
+            commas = text.replace("\n", ",\n")  # an error in .jsonl then names the line
+            yield from json.loads(text if text.startswith("[") else f"[{commas}]")
+        elif kind == ".csv":
+            yield from datasets.load_dataset("csv", data_files=source, split="train")
+        else:
+            require(not Path(name).is_file(), "its name ends in none of .jsonl .json .csv .parquet")
+            hub = name[:1] not in "./~" and name.count("/") < 2
+            require(hub or Path(name).exists(), "there is no such file or directory")
+            yield from datasets.load_dataset(name, config or None, split=part or split)
 
 
-def read_chats(source: str, rows: list[dict[str, Any]]) -> list[Chat]:
-    """The problems as chats, from a column `problem`, `question` or `prompt` of texts or chats.
-    Raises ValueError that names a row without a text of the user at its end."""
-    chats = []
-    for number, row in enumerate(rows, 1):
-        with reading(f"{source}, row {number}"):
-            cell = row.get("problem", row.get("question", row.get("prompt", "")))
-            chat = [{"role": "user", "content": cell}] if isinstance(cell, str) else list(cell)
-            if chat[-1]["role"] != "user" or not all(turn["content"].strip() for turn in chat):
-                wish = "a problem, question or prompt that ends with a text of the user"
-                raise ValueError(f"its columns are {list(row)}, without {wish}")
-            chats.append(chat)
-    return chats
+def text_of(content: Any) -> str:
+    """The text of a chat's turn, joined where it comes in parts. Raises BadInput for others."""
+    match content:
+        case str(text) | {"type": "text", "text": str(text)}:
+            text.encode()  # raises for a lone surrogate
+            return text
+        case list(parts):
+            return "".join(map(text_of, parts))
+    raise BadInput("a turn of its chat is not made of texts")
+
+
+def read_chat(row: Any) -> Chat:
+    """The problem of a row as a chat: the first of its columns `problem`, `question` and `prompt`
+    that is not empty. Raises BadInput for other rows."""
+    columns = row if isinstance(row, dict) else {}
+    cells = [columns.get(name) for name in ("problem", "question", "prompt")]
+    turns = next(filter(None, cells), [])
+    if isinstance(turns, str):
+        turns = [{"role": "user", "content": turns}]
+    good = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
+    chat = [{"role": t.get("role"), "content": text_of(t.get("content"))} for t in turns if good]
+    good = chat and chat[-1]["role"] == "user" and all(turn["content"].strip() for turn in chat)
+    wish = "a problem, question or prompt that ends with a text of the user"
+    require(good, f"its columns are {list(columns)}, without {wish}")
+    return chat
 
 
 def without_wrapper(text: str) -> str:
     """A problem without the words that DAPO-Math puts around it."""
-    before, after = f"{TASK} {PROMPT}".split("{problem}")
+    before, after = PROMPTS["paper"].split("{problem}")
     return text.removeprefix(before).removesuffix(after)
 
 
 def digest(text: str) -> str:
     """The first 16 hexadecimal digits of its SHA-256."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # The problems that DAPO-Math shares with MATH-500: digests of their text without white space.
 IN_MATH500 = {"3361691622c4f773", "4384ad9cb9175c9f", "69c249395bcf1d7d", "f680069cf8b5a5ad"}
 
 
+def encode_chats(tokenizer: Tokenizer, chats: list[Chat], **options) -> list[Ids]:
+    """Token ids by the model's own template, up to the opening of the assistant's turn. Thinking is
+    up to the model: Qwen3 writes <think> itself, DeepSeek-R1-Distill's template does. Control
+    tokens in a problem's text (<|im_end|>, say) are encoded as plain text."""
+    options |= {"sanitize_control_tokens": True, "return_dict": False}
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, **options)
+
+
 def load_prompts(config: Config, tokenizer: Tokenizer) -> list[tuple[Ids, Ids, Chat]]:
-    """For each problem the student's prompt, the teacher's, and the student's as a chat; without
-    those that are too long. Raises ValueError if too few are left for a batch, or if a pair of
-    prompts is equal without a --teacher."""
-    pairs = [
-        prompt_pair(chat, config.instruction, config.prompt)
-        for chat in read_chats(config.data, load_rows(config.data))
-        if digest("".join(without_wrapper(chat[-1]["content"]).split())) not in IN_MATH500
-    ]
-    with reading(f"a prompt for {config.model}"):
-        prompts = [(*encode_chats(tokenizer, list(pair)), pair[0]) for pair in pairs]
-        if not config.teacher and any(x == x_c for x, x_c, _ in prompts):
-            raise ValueError("student and teacher get equal prompts, which needs a --teacher")
-    kept = [prompt for prompt in prompts if len(prompt[1]) <= config.max_prompt_tokens]
-    if len(kept) < config.batch_size:
-        found = f"{len(kept)} problems of {config.data} are within --max_prompt_tokens"
-        raise ValueError(f"{found}, too few for --batch_size {config.batch_size}")
+    """For each problem the student's prompt, the teacher's, and the student's as a chat: each
+    problem once, without those of MATH-500 and those that are too long. Raises BadInput for a row
+    that is no problem, too few problems for a batch, and equal prompts without a --teacher."""
+    chats = {}
+    for number, row in enumerate(tqdm(load_rows(config.data), "rows", disable=QUIET), 1):
+        with reading(f"{config.data}, row {number}"):
+            chat = read_chat(row)
+        chats[json.dumps(chat)] = chat
+    require(chats, f"{config.data} has no rows")
+    kept = []
+    for chat in tqdm(chats.values(), "prompts", disable=QUIET):
+        if digest("".join(without_wrapper(chat[-1]["content"]).split())) in IN_MATH500:
+            continue
+        pair = prompt_pair(chat, config.instruction, config.prompt)
+        with reading(f"a prompt for {config.model}"):
+            x, x_c = encode_chats(tokenizer, [*pair])
+        require(config.teacher or x != x_c, "without a --teacher, equal prompts teach nothing")
+        if len(x_c) <= config.max_prompt_tokens:
+            kept.append((x, x_c, pair[0]))
+    fault = (
+        f"{config.data} has {len(kept)} problems within --max_prompt_tokens: too few for a batch"
+    )
+    require(len(kept) >= config.batch_size, fault)
     return kept
 
 
@@ -680,150 +748,63 @@ def batches(items: list, batch_size: int, seed: int) -> Iterator[list]:
             yield [items[i] for i in order[start : start + batch_size]]
 
 
-# ---- Support: preparation and command line -------------------------------------------------------
-
-# What --resume may change. Another rollout_batch_size draws other samples, equally distributed.
-MAY_CHANGE = {"output_dir", "steps", "save_every", "offload", "resume", "micro_batch_size"}
-MAY_CHANGE |= {"rollout_batch_size"}
-
-
-def start_ranks() -> None:
-    """Joins torchrun's process group, or makes a group of one process; claims this rank's GPU.
-    Raises ValueError if the GPU has no bf16 or the environment is incomplete."""
-    if CUDA:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise ValueError("this GPU has no bf16")
-        torch.set_float32_matmul_precision("high")  # TF32 for the gradient of the head
-    launched = {"RANK", "WORLD_SIZE"} & os.environ.keys()
-    alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(timeout=timedelta(days=1), **alone)  # rollouts may take hours
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def check_options(config: Config) -> None:
-    """Raises ValueError for an option out of range, and for an output_dir that is not empty."""
+    """Raises BadInput for options out of range or at odds, and for an output_dir in use."""
     may_be_0 = {"refresh_every", "save_every", "weight_decay", "seed"}
-    at_most_1 = {"top_p", "learning_rate", "refresh_share"}
     for name, value in asdict(config).items():
-        largest = 1 if name in at_most_1 else 2**32 - 1
-        if isinstance(value, str | bool) or value == 0 and name in may_be_0 or 0 < value <= largest:
-            continue
-        raise ValueError(f"--{name} is {value}, but must be more than 0, at most {largest}")
-    if config.teacher and config.refresh_every:
-        raise ValueError("--teacher is not refreshed: it needs --refresh_every 0")
-    if config.batch_size % dist.get_world_size():
-        raise ValueError(f"--batch_size {config.batch_size} is no multiple of the processes")
-    output_dir = Path(config.output_dir).expanduser()
-    present = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
-    unfinished = "run.json" in present and "tokenizer_config.json" not in present
-    if not config.output_dir or present and not (config.resume and unfinished):
-        remedy = "choose another, or --resume an unfinished run"
-        raise ValueError(f"--output_dir {output_dir} is not empty: {remedy}")
+        most = 1 if name in {"top_p", "learning_rate", "refresh_share"} else 2**32 - 1
+        allowed = isinstance(value, str | bool) or 0 < value <= most
+        least = "at least" if name in may_be_0 else "more than"
+        fault = f"--{name} is {value}, but must be {least} 0 and at most {most}"
+        require(allowed or (value == 0 and name in may_be_0), fault)
+    prompt_pair([{"role": "user", "content": "1+1?"}], config.instruction, config.prompt)
+    frozen, itself = config.refresh_every == 0, config.teacher == config.model
+    require(frozen or not config.teacher, "--teacher is not refreshed: it needs --refresh_every 0")
+    fault = "--teacher is --model and gets its prompts: there is nothing to learn"
+    require(not itself or config.instruction != "none", fault)
+    require(config.refresh_share == 1 or not frozen, "--refresh_share needs --refresh_every")
+    fault = f"--batch_size {config.batch_size} is no multiple of the processes"
+    require(config.batch_size % dist.get_world_size() == 0, fault)
+    names = {path.name for path in Path(config.output_dir).expanduser().glob("*")}
+    unfinished = "run.json" in names and "finished" not in names
+    fault = "is not empty: choose another, or --resume an unfinished run"
+    allowed = not names or (config.resume and unfinished)
+    require(allowed, f"--output_dir {config.output_dir} {fault}")
 
 
-def claim_output(run: SimpleNamespace) -> None:
-    """Locks run.json until the process ends; it holds the configuration and the data's digest.
-    Raises ValueError if another process has the lock, or if the file is of another run."""
-    run.output_dir.mkdir(parents=True, exist_ok=True)
-    pairs = [pair for *pair, _ in run.prompts]
-    now = {"config": asdict(run.config), "prompts": digest(json.dumps(pairs))}
-    with reading(path := run.output_dir / "run.json"):
-        run.lock = open(path, "a+" if run.config.resume else "x+", encoding="utf-8")
-        try:
-            fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError("another run is using it") from None
-        run.lock.seek(0)
-        text = run.lock.read()
-        if not text:
-            now["versions"] = {m.__name__: m.__version__ for m in (torch, transformers)}
-            print(json.dumps(now, indent=2), file=run.lock, flush=True)
-            return
-        before = json.loads(text)
-        options = asdict(Config()) | before["config"]  # an option that it lacks was the default
-        for name in options.keys() - MAY_CHANGE:
-            if options[name] != now["config"].get(name):
-                raise ValueError(f"it is of a run with --{name} {options[name]}")
-        if before["prompts"] != now["prompts"]:
-            raise ValueError("it is of a run with other data or another chat template")
+def start_ranks(dtype: str) -> None:
+    """Joins torchrun's process group, or makes a group of one process; claims this rank's GPU.
+    Raises BadInput if the GPU lacks the dtype or the environment is incomplete."""
+    transformers.utils.logging.disable_progress_bar()  # those of loading and saving
+    if CUDA:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        able = dtype == "float32" or torch.cuda.is_bf16_supported(including_emulation=False)
+        require(able, "this GPU has no bf16: choose --dtype float32")
+        precision = "high" if dtype == "bfloat16" else "highest"
+        torch.set_float32_matmul_precision(precision)  # high: TF32 for the gradient of the head
+    launched = {"RANK", "WORLD_SIZE"} & os.environ.keys()
+    alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    with reading("the environment of torchrun"):
+        dist.init_process_group(timeout=timedelta(days=1), **alone)  # rollouts may take hours
 
 
-def prepare(config: Config) -> SimpleNamespace:
-    """Loads what `train` needs. Bad input is refused here, before anything is written."""
-    start_ranks()
-    check_options(config)
-    run = SimpleNamespace(config=config, output_dir=Path(config.output_dir).expanduser())
-    with reading(config.model):
-        run.tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
-    run.prompts = load_prompts(config, run.tokenizer)
-
-    # student: fp32 weights, a part on each rank; teacher: the same, without gradients.
-    run.student = shard(load_model(config.model, "auto", "cpu"), config.dtype, config.offload)
-    source = config.teacher or config.model
-    teacher = load_model(source, "auto", "cpu").requires_grad_(False)
-    run.teacher = shard(teacher, config.dtype, config.offload)  # theta_bar <- theta
-    with reading(source):
-        words = AutoTokenizer.from_pretrained(source, trust_remote_code=False).get_vocab()
-        if words != run.tokenizer.get_vocab() or len(run.student.head) != len(run.teacher.head):
-            raise ValueError(f"its vocabulary is not that of {config.model}")
-    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
-    run.optimizer = torch.optim.AdamW(run.student.parameters(), **options)
-
-    # sampler: the student's weights in --dtype, whole on every rank; generates, is saved.
-    run.sampler = run.rewriter = load_model(config.model, config.dtype)
-    if config.rewrite and config.teacher:
-        run.rewriter = load_model(config.teacher, config.dtype)
-    sampling = {name: getattr(config, name) for name in ("temperature", "top_p", "max_new_tokens")}
-    prompts = [ids for x, x_c, _ in run.prompts for ids in (x, x_c)]
-    room = config.max_new_tokens + config.rewrite * (config.max_new_tokens + 128)  # and the request
-    for model in (run.sampler, run.rewriter, run.teacher.model):  # the last one only to be checked
-        model.generation_config = sampling_settings(model, prompts, room, top_k=0, **sampling)
-    if config.teacher:  # the student learns to stop where the teacher does
-        stop_ids = run.sampler.generation_config.eos_token_id
-        stop_ids = sorted({*stop_ids, *run.teacher.model.generation_config.eos_token_id})
-        for model in (run.sampler, run.rewriter, run.student.model):
-            model.generation_config.eos_token_id = stop_ids
-    dist.barrier()  # all ranks have passed all checks
-    if dist.get_rank() == 0:
-        claim_output(run)
-    dist.barrier()
-    names = (path.name[5:] for path in run.output_dir.glob("step-*"))
-    run.done = max((int(name) for name in names if name.isdecimal()), default=0)
-    if run.done:  # saved by any number of ranks
-        with reading(directory := run.output_dir / f"step-{run.done}"):
-            dcp.load(training_state(run), checkpoint_id=directory)  # into the tensors in use
-        copy_to_sampler(run.student, run.sampler)
-    run.signals, run.log = [], None  # times of Ctrl-C and the like; metrics.jsonl on the first rank
-    if dist.get_rank() == 0:
-        run.log = open(run.output_dir / "metrics.jsonl", "a+", encoding="utf-8")
-        run.log.seek(0)
-        run.log.truncate(sum(len(row) for row in run.log.readlines()[: run.done]))
-        tqdm.write(f"{len(run.prompts)} problems", sys.stderr)
-    run.bar = tqdm(initial=run.done, total=config.steps, unit="step", disable=not run.log)
-    transformers.utils.logging.disable_progress_bar()  # of save_pretrained: it may fail to write
-    return run
-
-
-def main() -> None:
+def main(run: Callable[[Config], None] = train) -> None:
     """A flag for each field of Config; @file reads flags from a file, one a line.
     Exit code 2: bad input, no step was done. 1: ended by an error. 130: interrupted."""
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0], fromfile_prefix_chars="@")
     try:
-        run = prepare(Config(**vars(parser.parse_args())))
-    except Exception as error:
-        if sys.flags.dev_mode:  # python -X dev opsdc.py ... shows the traceback
-            raise
-        parser.exit(2, f"opsdc.py: error: {one_line(error)}\n")
-    catch_signals(run.signals)
-    try:
-        with run.bar:
-            train(run)
+        with reading("the command line"):
+            config = Config(**vars(parser.parse_args()))
+        start_ranks(config.dtype)
+        run(config)
+    except BadInput as error:
+        parser.exit(2, f"opsdc.py: error: {error}\n")
     except KeyboardInterrupt as interrupt:
         parser.exit(130, f"opsdc.py: interrupted: {interrupt}\n")
-    except torch.OutOfMemoryError:
-        remedy = "lower --rollout_batch_size if in a rollout, else --micro_batch_size, or --offload"
-        parser.exit(1, f"opsdc.py: out of GPU memory: {remedy}; go on with --resume\n")
-    except OSError as error:  # of the log, on a full disk
+    except OSError as error:  # on a full disk
         parser.exit(1, f"opsdc.py: {error}; --resume goes on from the newest step-N, if any\n")
     dist.destroy_process_group()
 
