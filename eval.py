@@ -10,10 +10,9 @@ Each response gets four verdicts, all by math-verify:
     boxed_only     the paper's second path: the whole response
     dual           the paper's (version 2): right if one of its two paths is right
 
-`final` reads a box, `Answer: 5` or `Answer = 5`, a heading `Answer` above the answer, and at
-the very end "the answer is 5" or `#### 5`. It refuses on purpose: a number that none of these
-states, another sentence around a number, rounded decimals, a list for a point, a box or a thinking
-block that is not closed.
+`final` reads a box, `Answer: 5` or `Answer = 5`, a heading `Answer` above the answer, and at the
+very end "the answer is 5" or `#### 5`. It refuses on purpose: a number that none of these states,
+another sentence around it, rounded decimals, a list for a point, an open box or thinking block.
 
 Samples are rows of samples-RANK.jsonl in --output_dir, written batch by batch. The same command
 continues an interrupted evaluation, also on another number of ranks (`torchrun --nproc-per-node 8
@@ -26,7 +25,6 @@ import hashlib
 import json
 import logging
 import math
-import multiprocessing
 import os
 import re
 import resource
@@ -35,7 +33,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import forkserver
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 from typing import IO, Literal
 
@@ -55,12 +53,12 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.utils import cached_file
 
 import opsdc
-from opsdc import BadInput
+from opsdc import BadInput, Ids, Model, Tokenizer, reading, require
 
-BENCHMARKS = {  # hub id, split
-    "math500": ("HuggingFaceH4/MATH-500", "test"),
-    "aime24": ("HuggingFaceH4/aime_2024", "train"),
-    "aime25": ("math-ai/aime25", "test"),
+BENCHMARKS = {  # id:config:split on the hub
+    "math500": "HuggingFaceH4/MATH-500::test",
+    "aime24": "HuggingFaceH4/aime_2024::train",
+    "aime25": "math-ai/aime25::test",
 }
 VERDICTS = ["final", "dual", "answer_only", "boxed_only"]  # in the order of the report
 
@@ -69,17 +67,12 @@ VERDICTS = ["final", "dual", "answer_only", "boxed_only"]  # in the order of the
 class Settings:
     """What the samples depend on, beside the models. Raises BadInput for a bad value."""
 
-    data: list[str] = HfArg(
-        default_factory=lambda: list(BENCHMARKS),
-        help="math500, aime24, aime25, a file or a hub id: rows of problem, answer, maybe level",
-    )
+    data: list[str] = HfArg(default_factory=lambda: [*BENCHMARKS], help="or files, or hub ids")
     prompt: list[str] = HfArg(
         default_factory=lambda: ["student"],
         help="student, or the teacher's with v1, v2, percent:50 or a text; one, or one per model",
     )
-    prompt_style: str = HfArg(
-        default="", help="paper, plain, boxed or a text with {problem}; else as models were trained"
-    )
+    prompt_style: str = HfArg(default="", help="as of opsdc.py --prompt; else as models know it")
     samples: int = HfArg(default=8, help="responses to each row of a problem")
     limit: int = HfArg(default=0, help="problems of each benchmark; 0 takes all")
     temperature: float = HfArg(default=0.6, help="of sampling")
@@ -88,52 +81,43 @@ class Settings:
     max_new_tokens: int = HfArg(default=30_000, help="a response is cut here")
     batch_size: int = HfArg(default=8, help="responses generated at once on a GPU: memory")
     seed: int = HfArg(default=0, help="of sampling")
-    dtype: Literal["float32", "bfloat16"] = HfArg(
-        default=opsdc.Config.dtype, help="of the model when it samples"
-    )
+    dtype: Literal["float32", "bfloat16"] = HfArg(default=opsdc.Config.dtype, help="of models")
 
     def __post_init__(self) -> None:
         least = {"samples": 1, "max_new_tokens": 1, "batch_size": 1, "limit": 0, "top_k": 0}
         for name, low in (least | {"seed": 0}).items():
             if not low <= (value := getattr(self, name)) < 2**32:
                 raise BadInput(f"--{name} is {value}, but must be from {low} to 2**32 - 1")
-        if not (0 < self.temperature < math.inf and 0 < self.top_p <= 1):
-            raise BadInput("--temperature must be more than 0, --top_p more than 0 and at most 1")
-
-
-# ---- Problems ------------------------------------------------------------------------------------
+        require(0 < self.temperature < math.inf, "--temperature must be more than 0")
+        require(0 < self.top_p <= 1, "--top_p must be more than 0 and at most 1")
 
 
 def load_problems(source: str, limit: int) -> list[dict]:
     """The problems of a benchmark: dicts with benchmark, id, chat, answer, level (None if unknown),
-    rows (how many have this id) and same, a digest that problems with equal chat and answer share.
-
-    Raises BadInput for a source that can't be read and for a bad row.
-    """
+    rows (how many have this id) and same (equal where chat and answer are). Raises BadInput for a
+    source that can't be read and for a bad row."""
     problems = {}
-    for i, row in enumerate(opsdc.load_rows(*BENCHMARKS.get(source, (source,)))):
-        with opsdc.reading(f"{source}, row {i + 1}"):
+    for i, row in enumerate(opsdc.load_rows(BENCHMARKS.get(source, source))):
+        with reading(f"{source}, row {i + 1}"):
             chat, level = opsdc.read_chat(row), row.get("level")
             answer = row.get("answer", (row.get("reward_model") or {}).get("ground_truth"))  # DAPO
             for name, value in {"answer": answer, "level": level}.items():
                 good = isinstance(value, str | int | float) and value == value  # NaN is not
                 if not (good and str(value).strip(" #\n") or name == "level" and value is None):
                     raise ValueError(f"{name} is {value!r}, no text or number")
-            answer = str(answer).rpartition("####")[2].strip()
-            number = str(row.get("unique_id", row.get("id", i)))
-            problem = {"benchmark": Path(source).stem, "id": number, "chat": chat, "rows": 0}
-            problem |= {"answer": answer, "level": level}
+            answer, number = str(answer).rpartition("####")[2].strip(), row.get("id", i)
+            problem = {"id": str(row.get("unique_id", number)), "answer": answer, "level": level}
+            problem |= {"benchmark": Path(source).stem, "chat": chat, "rows": 0}
             problem["same"] = opsdc.digest(json.dumps([chat, answer]))
             json.dumps(problem, ensure_ascii=False).encode()  # raises for a lone surrogate
             first = problems.setdefault(problem["id"], problem)
             first["rows"] += 1
-            if first["same"] != problem["same"]:
-                raise ValueError("another problem has the same id")
-    if not problems:
-        raise BadInput(f"{source} has no rows")
-    if len({isinstance(p["level"], str) for p in problems.values() if p["level"] is not None}) > 1:
-        raise BadInput(f"{source} has numbers and texts as levels, which have no order")
-    kept = {*list(dict.fromkeys(p["same"] for p in problems.values()))[: limit or None]}
+            require(first["same"] == problem["same"], "another problem has the same id")
+    require(problems, f"{source} has no rows")
+    kinds = {isinstance(p["level"], str) for p in problems.values() if p["level"] is not None}
+    require(len(kinds) < 2, f"{source} has numbers and texts as levels, which have no order")
+    distinct = list(dict.fromkeys(problem["same"] for problem in problems.values()))
+    kept = set(distinct[: limit or None])
     return [problem for problem in problems.values() if problem["same"] in kept]
 
 
@@ -147,16 +131,14 @@ WORKER_MEMORY = 2 << 30  # bytes, beside what a worker starts with
 # because "we check our answer: ..." states nothing. A display needs no colon before it.
 NAME = r"(?:(?i:the|my|final|correct)[ \t]+)*(?i:answers?)"
 LINE, CAPITAL = rf"^[ \t>#*_-]*{NAME}", r"\bA(?:nswers?|NSWERS?)"
-# Without a colon an answer must begin at once, and be no item of a numbered list.
-BARE = r"(?=\**[-\d$\\({\[√π])(?!\d+[.)][ \t])"
+BARE = r"(?=\**[-\d$\\({\[√π])(?!\d+[.)][ \t])"  # without a colon; no item of a list
 ANSWER = re.compile(
-    rf"(?:{LINE}|{CAPITAL})(?:[ \t]+(?:is|are))?[*_ \t]{{0,9}}(?::|\s{{0,9}}(?=\$\$|\\\[))"
+    rf"(?m)(?:{LINE}|{CAPITAL})(?:[ \t]+(?:is|are))?[*_ \t]{{0,9}}(?::|\s{{0,9}}(?=\$\$|\\\[))"
     r"|\banswers?[ \t]+(?:is|are)[*_ \t]{0,9}:?\s{0,9}(?=\$\$|\\\[)"
     rf"|{CAPITAL}[*_ \t]{{0,9}}=|{LINE}[*_ \t]{{0,9}}\n\s{{0,9}}{BARE}"  # the second: a heading
     r"|(?:^[ \t>#*_-]*|[.!?][ \t]+\**)(?:(?:So|Thus|Hence|Therefore),?[ \t]+)?"  # the last sentence
     rf"{NAME}[ \t]+(?:is|are)[ \t]+{BARE}(?=(?:[^\n.]|\.(?=\S)){{1,200}}\Z)"
     r"|^####[ \t]*(?=[-+$\\\d.,/% ]{1,50}\Z)",  # the last line, as in GSM8K
-    re.M,
 )
 DISPLAY = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]", re.S)
 # An answer ends with its line or sentence, and where a reason follows.
@@ -215,8 +197,7 @@ def final_answer(response: str) -> str:
 
 
 def plain(answer: str) -> str:
-    """The answer with LaTeX for a root sign, degrees and a bare `pi`; a time of day as a text;
-    12^{th} as 12; 1\\,234 and 1 234 as 1234."""
+    """LaTeX for √, ° and pi; a time of day as a text; 12^{th} as 12, and 1 234 as 1234."""
     answer = re.sub(r"√(\d+|\w|\([^()]*\))", r"\\sqrt{\1}", answer.replace("°", r"^\circ"))
     answer = re.sub(r"(?<=\d)(?:\\,|~|\\?\s)(?=\d{3}(?!\d))", "", answer)
     ends = re.compile(r"\\(?:text|mathrm)\{\s*([\d:\s]*[ap]\.?m\.?|st|nd|rd|th)\s*\}", re.I)
@@ -227,16 +208,12 @@ def plain(answer: str) -> str:
 
 
 def contradicts(gold: str, text: str) -> bool:
-    """Whether number words, bases or brackets differ: bases where gold has some, brackets where
-    both have some, or where the text lists what is a point in gold."""
-    words, bases, brackets = (
-        [set(re.findall(pattern, part, re.I)) for part in (gold, text)]
-        for pattern in (NUMBER_WORD, BASE, BRACKET)
-    )
+    """Whether number words differ, or gold's bases, or brackets; or a point in gold is a list."""
+    sides, kinds = (gold, text), (NUMBER_WORD, BASE, BRACKET)
+    found = ([{*re.findall(kind, side, re.I)} for side in sides] for kind in kinds)
+    words, bases, brackets = found
     listed = "," in text and not re.search(r"(?<!\\)[(\[]|[\\$]\{|=", text)
-    if words[0] != words[1] or (bases[0] and bases[0].isdisjoint(bases[1])):
-        return True
-    if "(" in brackets[0] and listed:
+    if words[0] != words[1] or bases[0] - bases[1] or (listed and "(" in brackets[0]):
         return True
     return all(brackets) and brackets[0].isdisjoint(brackets[1])
 
@@ -245,20 +222,16 @@ STATED = {"final": final_answer, "answer_only": paper_answer, "boxed_only": str}
 
 
 def compare(verdict: str, response: str, gold: str, limit: float) -> bool | None:
-    """One verdict of math-verify, in a grading process; None if it raises an error.
-
-    After `limit` seconds of processor time the kernel ends the process, inside C code too, which
-    math-verify's own time limits cannot stop. Gold answers are LaTeX; only the paper's paths also
-    take a plain number out of the response.
-    """
+    """One verdict of math-verify, in a grading process; None if it raises an error. After `limit`
+    seconds of processor time the kernel ends the process, which math-verify's own limits can't do
+    inside C code. Gold answers are LaTeX; only the paper's paths also read plain numbers."""
     signal.setitimer(signal.ITIMER_PROF, limit)
     try:
         text, latex = STATED[verdict](response), LatexExtractionConfig()
-        if verdict == "final":
-            gold = plain(gold)
+        kinds = [latex] if verdict == "final" else [ExprExtractionConfig(), latex]
+        gold = plain(gold) if verdict == "final" else gold
         if not text.strip() or (verdict == "final" and contradicts(gold, text)):
             return False
-        kinds = [latex] if verdict == "final" else [ExprExtractionConfig(), latex]
         right = parse(rf"\boxed{{{gold}}}", [latex], parsing_timeout=None)
         return verify(right, parse(text, kinds, parsing_timeout=None), timeout_seconds=None)
     except Exception:
@@ -278,16 +251,13 @@ def start_worker() -> None:
 
 def grading_pool(workers: int) -> ProcessPool:
     """Grading processes, forked from a clean server: a fork of this process would break CUDA."""
-    context = multiprocessing.get_context("forkserver")
-    return ProcessPool(workers, initializer=start_worker, context=context)
+    return ProcessPool(workers, initializer=start_worker, context=get_context("forkserver"))
 
 
 def grade(pool: ProcessPool, rows: Iterable[tuple], limit: float = 5.0) -> list[dict[str, int]]:
-    """The verdicts of each (response, gold), and `errors`: how many comparisons were ended.
-
-    A response has `limit` seconds of processor time, and ten times as much on the clock. Each of
-    its three comparisons has a third: one that is ended counts as wrong and spoils no other.
-    """
+    """The verdicts of each (response, gold), and `errors`: how many comparisons were ended. Each of
+    the three has a third of `limit` seconds of processor time, and ten times as much on the clock.
+    One that is ended counts as wrong and spoils no other."""
     share = limit / len(STATED)
     jobs = [
         {name: pool.schedule(compare, (name, *row, share), timeout=10 * share) for name in STATED}
@@ -306,96 +276,77 @@ def grade(pool: ProcessPool, rows: Iterable[tuple], limit: float = 5.0) -> list[
 
 Candidate = tuple[str, str]  # model and prompt, or file and "as written"
 Problems = dict[tuple[str, str], dict]  # by benchmark and id
+Prepared = tuple[Tokenizer, dict[tuple, Ids], GenerationConfig]
 KEY = ("model", "prompt", "benchmark", "id", "sample")  # tells a sample from all others
 
 
 def common_style(models: list[str]) -> str:
-    """The style of prompts, by run.json, that the trained ones among the models know; or `paper`.
-    Raises BadInput if they know different ones."""
-    styles = {}
-    for run in (Path(name, "run.json") for name in models):
-        if run.exists():
-            with opsdc.reading(run):
-                config = json.loads(run.read_text(encoding="utf-8"))["config"]
-                styles[config.get("prompt", "paper")] = run.parent
-    if len(styles) > 1:
-        trained = " and ".join(f"{name} with --prompt {style!r}" for style, name in styles.items())
-        raise BadInput(f"{trained} were trained: choose one --prompt_style for all")
-    return next(iter(styles), "paper")
+    """The style of prompts that the trained models among these know, by run.json; else `paper`.
+    Raises BadInput if they know several."""
+    runs = [run for name in models if (run := Path(name, "run.json")).exists()]
+    with reading(" and ".join(map(str, runs))):
+        configs = [json.loads(run.read_text(encoding="utf-8"))["config"] for run in runs]
+        styles = {config.get("prompt", "paper") for config in configs} or {"paper"}
+        require(len(styles) == 1, "they differ in --prompt: choose one --prompt_style for all")
+    return styles.pop()
 
 
 def identify(name: str) -> dict[str, str]:
-    """What tells a model from others: the commit of a hub id, or digests of a directory's files,
-    which are read in full (a second for about a GB). Raises BadInput for what is no model."""
-    with opsdc.reading(name):
-        directory = Path(cached_file(name, "config.json")).parent
-        if not Path(name).is_dir():
-            return {f"commit of {name}": directory.name}
-        digests = {}
-        for pattern in ("*config.json", "*token*", "*.jinja", "*.safetensors", "*.bin"):
-            for path in sorted(directory.glob(pattern)):
-                with path.open("rb") as file:
-                    digests[f"{path}"] = hashlib.file_digest(file, "sha256").hexdigest()
+    """What tells a model from others: a hub id's commit, and digests of a directory's files, which
+    are read in full (16 GB: some 20 seconds). Raises BadInput for what is no model."""
+    kinds = ("*config.json", "*token*", "*.jinja", "*.safetensors")
+    with reading(name):
+        digests = {f"snapshot of {name}": Path(cached_file(name, "config.json")).parent.name}
+        for path in sorted(path for kind in kinds for path in Path(name).glob(kind)):
+            with path.open("rb") as file:
+                digests[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
 
-def prepare(
-    candidate: Candidate, problems: Problems, settings: Settings
-) -> tuple[opsdc.Tokenizer, Problems, GenerationConfig]:
-    """A model's tokenizer, its prompt for each problem and its settings for sampling; without its
-    weights, so that what can't be used is refused before any model samples. Raises BadInput."""
-    name, prompt = candidate
+def prepare(candidate: Candidate, problems: Problems, settings: Settings) -> Prepared:
+    """A model's tokenizer, its prompt for each problem, and its settings for sampling: without its
+    weights, so that bad input is refused before any model samples. Raises BadInput."""
+    (name, prompt), style = candidate, settings.prompt_style
     asked, instruction = (0, "v1") if prompt == "student" else (1, prompt)
-    chats = [
-        opsdc.prompt_pair(problem["chat"], instruction, settings.prompt_style)[asked]
-        for problem in problems.values()
-    ]
-    *turns, last = chats[-1]
-    other = [*turns, last | {"content": f"{last['content']} Why?"}]
+    chats = [opsdc.prompt_pair(p["chat"], instruction, style)[asked] for p in problems.values()]
+    other = [*chats[0][:-1], {"role": "user", "content": chats[0][-1]["content"] + " Why?"}]
     tokenizer = opsdc.load_tokenizer(name)
-    with opsdc.reading(name):
-        *prompts, probe = opsdc.encode_chats(tokenizer, [*chats, other])
-        if probe == prompts[-1]:
-            raise ValueError("its chat template leaves the problem out")
+    with reading(name):
+        probe, *prompts = opsdc.encode_chats(tokenizer, [other, *chats])
+        require(probe != prompts[0], "its chat template leaves the problem out")
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        with torch.device("meta"):  # without weights
+        with torch.device("meta"):  # no weights
             model = AutoModelForCausalLM.from_config(config)
         with contextlib.suppress(OSError):  # not every model has this file
             model.generation_config = GenerationConfig.from_pretrained(name)
-    sampling = ("temperature", "top_p", "top_k", "max_new_tokens")
-    sampling = {option: getattr(settings, option) for option in sampling}
-    generation = opsdc.sampling_settings([model], tokenizer, prompts, **sampling)
+    generation = opsdc.sampling_settings(settings, [model], tokenizer, prompts)
     return tokenizer, dict(zip(problems, prompts, strict=True)), generation
 
 
-def generate(
-    model: opsdc.Model, tokenizer: opsdc.Tokenizer, prompts: list[list[int]]
-) -> list[dict]:
+def generate(model: Model, tokenizer: Tokenizer, prompts: list[Ids]) -> list[dict]:
     """Samples one response to each prompt, all at once, ungraded."""
     completions, samples = opsdc.rollout(model, prompts, len(prompts)), []
     for prompt, completion in zip(prompts, completions, strict=True):
         thinks = tokenizer.decode(prompt).rstrip().endswith("<think>")  # as some templates do
         text = tokenizer.decode(completion, skip_special_tokens=True)
         finished = completion[-1] in model.generation_config.eos_token_id
-        sample = {"response": "<think>\n" + text if thinks else text}
-        samples.append(sample | {"tokens": len(completion), "finished": finished})
+        sample = {"response": "<think>\n" * thinks + text, "tokens": len(completion)}
+        samples.append(sample | {"finished": finished})
     return samples
 
 
 def read_responses(file: str, problems: Problems, samples: int) -> dict[tuple, dict]:
-    """Samples by key that another engine wrote to a .jsonl file.
-
-    A row has the id of a problem, response (with <think> where the prompt ended so), tokens (their
-    number), finished (false where it was cut); rows of one id are its samples. Raises BadInput for
-    other rows, and for problems without all samples.
-    """
+    """Samples by key that another engine wrote to a .jsonl file. A row has the id of a problem,
+    response (with <think> where the prompt ended so), tokens (their number), finished (false where
+    it was cut); rows of one id are its samples. Raises BadInput for other rows, and for problems
+    without all samples."""
     (benchmark, _), *_ = problems
     counts, written = Counter(), {}
     fields = {"response": str, "tokens": int, "finished": bool}
     for number, row in enumerate(opsdc.load_rows(file), 1):
-        with opsdc.reading(f"{file}, row {number}"):
+        with reading(f"{file}, row {number}"):
             for name, kind in fields.items():
-                if type(row.get(name)) is not kind or name == "tokens" and not 0 < row[name] < 1e9:
+                if type(row.get(name)) is not kind or name == "tokens" and not 0 < row[name] <= 1e9:
                     raise ValueError(f"it has no good {name}")
             row["response"].encode()  # raises for a lone surrogate
         place = benchmark, str(row.get("id"))
@@ -408,16 +359,11 @@ def read_responses(file: str, problems: Problems, samples: int) -> dict[tuple, d
     return written
 
 
-# ---- Records on disk -----------------------------------------------------------------------------
-
-
 def open_records(output_dir: Path, identity: dict) -> tuple[IO[bytes], dict[tuple, dict]]:
-    """This rank's file of samples, locked, to append to; and the samples on disk by key.
-
-    Raises BadInput if another process writes here, if the directory can't be written, or if it
-    holds an evaluation with another identity or with none.
-    """
-    with opsdc.reading(output_dir):
+    """This rank's file of samples, locked, to append to; and the samples on disk by key. Raises
+    BadInput if output_dir can't be written, is in use, or holds an evaluation with another identity
+    or with none."""
+    with reading(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         records = open(output_dir / f"samples-{dist.get_rank()}.jsonl", "a+b")
     try:
@@ -426,15 +372,14 @@ def open_records(output_dir: Path, identity: dict) -> tuple[IO[bytes], dict[tupl
         raise BadInput(f"{output_dir} is in use by another evaluation") from None
     dist.barrier()  # every rank has its lock
     file = output_dir / "settings.json"
-    with opsdc.reading(file):
+    with reading(file):
         held = json.loads(file.read_text(encoding="utf-8")) if file.exists() else identity
     for name in held | identity:
         if held.get(name) != identity.get(name):
             other = f"with {name} {held.get(name)}, not {identity.get(name)}"
             raise BadInput(f"{output_dir} holds an evaluation {other}: choose another")
     done = read_samples(output_dir)
-    if done and not file.exists():
-        raise BadInput(f"{output_dir} has samples but no settings.json: choose another")
+    require(file.exists() or not done, f"{output_dir} has samples but no settings.json")
     dist.barrier()  # every rank has read
     if dist.get_rank() == 0:
         whole = file.with_suffix(".unfinished")  # a kill leaves no half of settings.json
@@ -449,22 +394,17 @@ def read_samples(output_dir: Path) -> dict[tuple, dict]:
     """All samples in output_dir, each key once; of a file that ends within a row, the rest."""
     samples = {}
     for file in sorted(output_dir.glob("samples-*.jsonl")):
-        with opsdc.reading(file), file.open(encoding="utf-8") as lines:
+        with reading(file), file.open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines if line.endswith("\n")]
             samples |= {tuple(row[name] for name in KEY): row for row in rows}
     return samples
 
 
-# ---- Report --------------------------------------------------------------------------------------
-
-
 def summarize(rows: list[dict]) -> pd.DataFrame:
     """Means by benchmark, level ("all", then each) and candidate, in the order of the rows.
-
     NAME_interval is half of a 95% interval, 1.96 standard errors. Samples of one problem are alike,
     in several rows too, so only the problems' means count as independent draws. Reductions are
-    against the tokens of the first candidate.
-    """
+    against the tokens of the first candidate."""
     levels = {row["level"] for row in rows} - {None}
     levels = sorted(levels, key=lambda level: (isinstance(level, str), level))
     parts = {"all": rows} | {str(one): [r for r in rows if r["level"] == one] for one in levels}
@@ -497,11 +437,8 @@ def report(summary: pd.DataFrame) -> str:
 
 
 def evaluate(models: list[str], responses: list[str], output_dir: Path, settings: Settings) -> None:
-    """Samples and grades what output_dir lacks, prints the table, writes summary.json.
-
-    Raises BadInput for whatever can't be evaluated, before it writes anything; only for broken
-    weights of a later model when its turn comes.
-    """
+    """Samples and grades what output_dir lacks, prints the table, writes summary.json. Raises
+    BadInput before it writes anything, but for broken weights of a later model at its turn."""
     prompts = settings.prompt * len(models) if len(settings.prompt) == 1 else settings.prompt
     if bool(models) == bool(responses):
         raise BadInput("name the models to evaluate, or files of --responses to grade")
@@ -509,8 +446,7 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
         raise BadInput(f"--prompt names {len(prompts)} prompts for {len(models)} models")
     if responses and len(settings.data) > 1:
         raise BadInput("--responses needs one benchmark: choose it with --data")
-    candidates = list(zip(models, prompts, strict=True))
-    candidates += [(file, "as written") for file in responses]
+    candidates = [*zip(models, prompts, strict=True), *((file, "as written") for file in responses)]
     if len(set(candidates)) < len(candidates):
         raise BadInput("the same model with the same prompt is named twice")
     if len({Path(source).stem for source in settings.data}) < len(settings.data):
@@ -523,40 +459,34 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
         written |= read_responses(file, problems, settings.samples)
     asked = [row | {"level": None} for row in rows]  # a repaired level changes no sample
     identity = {"candidates": [*map(list, candidates)], **asdict(settings)}
-    identity["problems"] = opsdc.digest(json.dumps(asked))
-    identity["responses"] = opsdc.digest(json.dumps([*written.values()]))
+    identity["problems and responses"] = opsdc.digest(json.dumps([asked, *written.values()]))
     prepared = {one: prepare(one, problems, settings) for one in candidates[: len(models)]}
-    for name in models:
-        identity |= identify(name)
+    identity |= {key: value for name in models for key, value in identify(name).items()}
 
-    model = None
-    if models and not (output_dir / "settings.json").exists():  # its weights may be broken
-        model = opsdc.load_model(models[0], settings.dtype, opsdc.DEVICE)
+    early = models and not (output_dir / "settings.json").exists()  # if broken, nothing is written
+    model = opsdc.load_model(models[0], settings.dtype, opsdc.DEVICE) if early else None
     records, done = open_records(output_dir, identity)
     rank, ranks, size = dist.get_rank(), dist.get_world_size(), settings.batch_size
     places = [(*p, i) for p in problems for i in range(settings.samples * problems[p]["rows"])]
-    total = len(candidates) * len(places)
-    with (
-        records,
-        grading_pool(max(1, min(8, os.cpu_count() // ranks))) as pool,
-        tqdm(total=total // ranks, initial=len(done) // ranks, disable=rank > 0) as bar,
-    ):
+    total = len(candidates) * len(places) // ranks
+    bar = tqdm(total=total, initial=len(done) // ranks, disable=rank > 0)
+    with records, bar, grading_pool(max(1, min(8, os.cpu_count() // ranks))) as pool:
         for candidate in sorted(candidates, key=lambda one: (models + responses).index(one[0])):
-            keys = [(*candidate, *place) for place in places]
-            batches = enumerate(keys[i : i + size] for i in range(0, len(keys), size))
-            batches = [(n, b) for n, b in [*batches][rank::ranks] if not done.keys() >= {*b}]
-            for number, batch in batches:
+            for start in range(rank * size, len(places), ranks * size):
+                batch = [(*candidate, *place) for place in places[start : start + size]]
+                if done.keys() >= {*batch}:
+                    continue
                 if responses:
                     samples = [written[key] for key in batch]
                 else:
                     if model is None or model.name_or_path != candidate[0]:
-                        model = None  # so that two models are never in memory
+                        model = None  # each model is loaded once, and never are two in memory
                         model = opsdc.load_model(candidate[0], settings.dtype, opsdc.DEVICE)
                     tokenizer, encoded, model.generation_config = prepared[candidate]
-                    torch.manual_seed(settings.seed * 1_000_000 + number)
+                    torch.manual_seed(settings.seed * 1_000_000 + start // size)
                     samples = generate(model, tokenizer, [encoded[key[2:4]] for key in batch])
-                texts = [sample["response"] for sample in samples]
                 golds = [problems[key[2:4]]["answer"] for key in batch]
+                texts = [sample["response"] for sample in samples]
                 verdicts = grade(pool, zip(texts, golds, strict=True))
                 for key, sample, verdict in zip(batch, samples, verdicts, strict=True):
                     row = dict(zip(KEY, key, strict=True)) | sample | verdict
@@ -583,14 +513,13 @@ def main() -> None:
     parser.add_argument("--responses", nargs="+", default=[], help="files to grade, see README")
     parser.add_argument("--output_dir", default="runs/eval", help="samples-*.jsonl, summary.json")
     try:
+        with reading("the command line"):
+            arguments = vars(parser.parse_args())
+        models, responses = arguments.pop("models"), arguments.pop("responses")
+        output_dir, settings = Path(arguments.pop("output_dir")), Settings(**arguments)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the server of grading processes
         forkserver.ensure_running()  # it imports its libraries while models are opened
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        with opsdc.reading("the command line"):
-            arguments = vars(parser.parse_args())
-        models, responses = arguments.pop("models"), arguments.pop("responses")
-        output_dir = Path(arguments.pop("output_dir"))
-        settings = Settings(**arguments)
         opsdc.start_ranks(settings.dtype)
         evaluate(models, responses, output_dir, settings)
     except BadInput as error:
@@ -599,9 +528,7 @@ def main() -> None:
         parser.exit(130, "eval.py: interrupted; the same command goes on where it stopped\n")
     except OSError as error:  # a full disk, a closed terminal
         parser.exit(1, f"eval.py: {error}; the same command goes on where it stopped\n")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

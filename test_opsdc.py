@@ -1165,7 +1165,7 @@ WORDS += [(f"--{value}", f"--{value.split('=')[0]}") for value in VALUES.split()
 FAULTS += [(opsdc, words, "empty.parquet", "", message) for words, message in WORDS]
 DATA = table("""{"problem": "a", "answer": null} => answer is None
     {"problem": "a", "answer": "####"} => answer is '####' | {"text": "a"} => columns are ['text']
-    {"problem": "a", "answer": 1}¶{"problem": "b", "answer": NaN} => row 2 can't be used: answer is nan
+    {"problem": "a", "answer": 1}¶{"problem": "b", "answer": NaN} => row 2 can't be used: answer
     {"problem": "a", "answer": 1, "level": [1]} => row 1 can't be used: level is [1] | => no rows
     {"problem": "a", "answer": 1, "id": 1}¶{"problem": "b", "answer": 1, "id": 1} => the same id
     {"problem": "a", "answer": 1, "level": "a"}¶{"problem": "b", "answer": 1, "level": 1} => texts
@@ -1175,17 +1175,18 @@ SAMPLE = '{"id": 0, "response": "Answer: 2", "tokens": 3, "finished": true}\n'
 SAMPLES = [(SAMPLE * 2, "must have 1 (--samples) responses to each problem and no others")]
 SAMPLES += [(SAMPLE + SAMPLE.replace("0", "7"), "look at id 7")]
 SAMPLES += [(SAMPLE.replace("3", new), "it has no good tokens") for new in ("0", '"3"', "9" * 10)]
-SAMPLES += [(SAMPLE.replace("2", "\\ud800"), "row 1 can't be used: 'utf-8' codec"), ("[3]\n", "row 1")]
+SAMPLES += [(SAMPLE.replace("2", "\\ud800"), "r.jsonl, row 1 can't be used: 'utf-8' codec")]
 WORDS = table("""toy {tmp}/no => no can't be used | toy toy => is named twice | toy RANK=1 => error
     toy --prompt v3 => --instruction is 'v3' | toy --prompt v1 v2 => names 2 prompts for 1 models
-    toy --prompt_style=v1 => 'v1', not paper | toy --max_new_tokens=1020 => toy has 1024 positions | toy --samples=0 => --samples is 0
+    toy --prompt_style=v1 => 'v1' is no style
+    toy --max_new_tokens=1020 => toy has 1024 positions | toy --samples=0 => --samples is 0
     toy --temperature=0 => --temperature must be | toy --seed=99999999999 => --seed is 99999999999
     --limit=2 => name the models to evaluate | --responses r --data a b => needs one benchmark
     toy --output_dir={tmp}/file => File exists | toy --data r ../r => two files of the same name""")
 MODEL = table("""chat_template.jinja => "Why?" => leaves the problem out
     config.json => {"model_type": "t5"} => T5Config | model.safetensors => "" => deserializing
     config.json => {"model_type": "x", "auto_map": {"AutoConfig": "own.X"}} => model can't be used
-    generation_config.json => {"eos_token_id": 821} => should stop at eos_token_id""")
+    generation_config.json => {"eos_token_id": 821} => no token for its stop ids""")
 FAULTS += [(evaluation, "{tmp}/model", f"model/{f}", json.loads(new), e) for f, new, e in MODEL]
 FAULTS += [(evaluation, "toy", "model/data.jsonl", *row) for row in DATA]
 FAULTS += [(evaluation, "--responses={tmp}/r.jsonl", "r.jsonl", *row) for row in SAMPLES]
