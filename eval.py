@@ -202,7 +202,7 @@ def plain(answer: str) -> str:
     answer = re.sub(r"(?<=\d)(?:\\,|~|\\?\s)(?=\d{3}(?!\d))", "", answer)
     ends = re.compile(r"\\(?:text|mathrm)\{\s*([\d:\s]*[ap]\.?m\.?|st|nd|rd|th)\s*\}", re.I)
     time = re.compile(r"(\d?\d:\d\d)[\s~]*([ap])\.?m\b\.?", re.I)
-    answer = time.sub(lambda m: rf"\text{{{m[1]} {m[2].lower()}.m.}}", ends.sub(r"\1", answer))
+    answer = time.sub(r"\\text{\1 \2.m.}", ends.sub(r"\1", answer))
     answer = re.sub(r"(?<=\d)\^(?:\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th)\b)", "", answer)
     return re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi", answer)
 

@@ -879,7 +879,7 @@ def test_final_reads_the_answer_stated_last(grade):
         Answer: $\{1,2\}$ => (1,2) | Answer: (1,2) => (2,1) | Answer: (1,2) => \{1,2\}
         Answer: 1\,23 => 123 | \boxed{5} or \boxed{4} | the answer = 5 | #### 5¶#### No
         ### Answer¶5. First, add. | ### Answer¶We have $5$. | Answer: 5 (dozen) | #### 5. First
-        The answer is 5. Or is it? | I doubt that the answer is 5. | The answer is not $5$.
+        The answer is $5$. Or is it? | I doubt that the answer is 5. | The answer is not $5$.
         Answer: 1, 2 => (1, 2) | \boxed{\frac12, 2} => (\frac{1}{2}, 2) | Answer: 52 => 52_8
         \boxed{4:30} => \text{4:30 p.m.} | Answer: 4:30 AM => \text{4:30 p.m.}"""
     right += " | Answer: 5. " + "It is so. " * 200
@@ -993,19 +993,17 @@ def test_all_models_are_asked_in_one_style(asked, tmp_path):
 
 def test_rows_of_the_same_problem_are_its_samples(tmp_path):
     """AIME comes in files that hold each problem several times, with one id or with several."""
-    once = [{"problem": f"{i} + 3?", "answer": i + 3, "id": i} for i in range(10)]
-    no_ids = [{"problem": row["problem"], "answer": row["answer"]} for row in once]
-    for k, rows in enumerate((once, once * 4, no_ids * 4)):
-        samples = [
-            {"id": row.get("id", i), "response": f"Answer: {max(row['answer'], 7)}"}  # 6 of 10
-            | {"tokens": 3, "finished": True}
-            for i, row in enumerate(rows)
-        ]
-        run = ["--data", write_rows(tmp_path / "data.jsonl", rows), "--samples=1", "--limit=10"]
-        run += ["--responses", write_rows(tmp_path / "responses.jsonl", samples)]
-        code, out, err = call(evaluation, *run, f"--output_dir={tmp_path}/{k}")
+    once = [{"id": i, "problem": f"{i} + 3?", "answer": i + 3} for i in range(10)]
+    often = [row for row in once for _ in range(4)]
+    for k, rows in enumerate((once, often, [row | {"id": i} for i, row in enumerate(often)])):
+        texts = [{"id": row["id"], "response": f"Answer: {max(row['answer'], 7)}"} for row in rows]
+        texts = [text | {"tokens": 3, "finished": True} for text in texts]  # 6 of 10 are right
+        data = write_rows(tmp_path / "data.jsonl", [*rows, {"problem": "a", "answer": 1}])
+        run = ["--data", data, "--samples=1", "--limit=10", f"--output_dir={tmp_path}/{k}"]
+        run += ["--responses", write_rows(tmp_path / "responses.jsonl", texts)]
+        code, out, err = call(evaluation, *run)
         assert code == 0 and "| 60.0 ± 32.0 |" in out, err
-        assert json.loads((tmp_path / f"{k}/summary.json").read_text())[0]["problems"] == 10
+        assert len(read_rows(tmp_path / f"{k}/samples-0.jsonl")) == len(rows)
 
 
 def test_the_report_says_what_its_rows_say(tmp_path):
