@@ -10,8 +10,9 @@ Each response gets four verdicts, all by math-verify:
     boxed_only     the paper's second path: the whole response
     dual           the paper's (version 2): right if one of its two paths is right
 
-`final` refuses on purpose: a number that no `Answer:` and no box states, a sentence around a number
-other than "the answer is 5", rounded decimals, a box or a thinking block that is not closed.
+`final` reads a box, `Answer: 5` or `Answer = 5`, a heading `Answer` above the answer, and at the
+very end "the answer is 5" or `#### 5`. It refuses on purpose: a number that none of these states,
+another sentence around it, rounded decimals, a list for a point, an open box or thinking block.
 
 Samples are rows of samples-RANK.jsonl in --output_dir, written batch by batch. The same command
 continues an interrupted evaluation, also on another number of ranks (`torchrun --nproc-per-node 8
@@ -20,21 +21,25 @@ eval.py ...`): a batch has its own seed and problems, so a lost one is sampled a
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import math
-import multiprocessing
 import os
 import re
 import resource
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from multiprocessing import forkserver
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 from typing import IO, Literal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before main(): no traceback
+sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 
 import pandas as pd
 import torch
@@ -43,32 +48,32 @@ from latex2sympy2_extended.math_normalization import extract_boxed_content
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from pebble import ProcessPool
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.utils import cached_file
 
 import opsdc
+from opsdc import BadInput, Ids, Model, Tokenizer, reading, require
 
-BENCHMARKS = {  # hub id, split
-    "math500": ("HuggingFaceH4/MATH-500", "test"),
-    "aime24": ("HuggingFaceH4/aime_2024", "train"),
-    "aime25": ("math-ai/aime25", "test"),
+BENCHMARKS = {  # id:config:split on the hub
+    "math500": "HuggingFaceH4/MATH-500::test",
+    "aime24": "HuggingFaceH4/aime_2024::train",
+    "aime25": "math-ai/aime25::test",
 }
 VERDICTS = ["final", "dual", "answer_only", "boxed_only"]  # in the order of the report
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the samples depend on, beside the models. Raises ValueError for a bad value."""
+    """What the samples depend on, beside the models. Raises BadInput for a bad value."""
 
-    data: list[str] = HfArg(
-        default_factory=lambda: list(BENCHMARKS),
-        help="math500, aime24, aime25, a file or a hub id: rows of problem, answer, maybe level",
-    )
+    data: list[str] = HfArg(default_factory=lambda: [*BENCHMARKS], help="or files, or hub ids")
     prompt: list[str] = HfArg(
         default_factory=lambda: ["student"],
         help="student, or the teacher's with v1, v2, percent:50 or a text; one, or one per model",
     )
-    samples: int = HfArg(default=8, help="responses to each problem")
+    prompt_style: str = HfArg(default="", help="as of opsdc.py --prompt; else as models know it")
+    samples: int = HfArg(default=8, help="responses to each row of a problem")
     limit: int = HfArg(default=0, help="problems of each benchmark; 0 takes all")
     temperature: float = HfArg(default=0.6, help="of sampling")
     top_p: float = HfArg(default=0.95, help="of sampling")
@@ -76,42 +81,44 @@ class Settings:
     max_new_tokens: int = HfArg(default=30_000, help="a response is cut here")
     batch_size: int = HfArg(default=8, help="responses generated at once on a GPU: memory")
     seed: int = HfArg(default=0, help="of sampling")
-    dtype: Literal["float32", "bfloat16"] = HfArg(
-        default=opsdc.Config.dtype, help="of the model when it samples"
-    )
+    dtype: Literal["float32", "bfloat16"] = HfArg(default=opsdc.Config.dtype, help="of models")
 
     def __post_init__(self) -> None:
         least = {"samples": 1, "max_new_tokens": 1, "batch_size": 1, "limit": 0, "top_k": 0}
         for name, low in (least | {"seed": 0}).items():
             if not low <= (value := getattr(self, name)) < 2**32:
-                raise ValueError(f"--{name} is {value}, but must be from {low} to 2**32 - 1")
-        if not (0 < self.temperature < math.inf and 0 < self.top_p <= 1):
-            raise ValueError("--temperature must be more than 0, --top_p more than 0 and at most 1")
-
-
-# ---- Problems ------------------------------------------------------------------------------------
+                raise BadInput(f"--{name} is {value}, but must be from {low} to 2**32 - 1")
+        require(0 < self.temperature < math.inf, "--temperature must be more than 0")
+        require(0 < self.top_p <= 1, "--top_p must be more than 0 and at most 1")
 
 
 def load_problems(source: str, limit: int) -> list[dict]:
-    """The problems of a benchmark: dicts with benchmark, id, chat, answer, level (None if unknown).
-
-    Raises ValueError for a source that can't be read and for a bad row.
-    """
-    rows, problems = opsdc.load_rows(*BENCHMARKS.get(source, (source,))), []
-    for i, (row, chat) in enumerate(zip(rows, opsdc.read_chats(source, rows), strict=True)):
-        answer = row.get("answer", (row.get("reward_model") or {}).get("ground_truth"))  # DAPO's
-        for name, value in {"answer": answer, "level": row.get("level")}.items():
-            good = isinstance(value, str | int | float) and value == value  # NaN is not
-            if not (good and str(value).strip(" #\n") or name == "level" and value is None):
-                raise ValueError(f"{source}, row {i + 1}: {name} is {value!r}, no text or number")
-        number, answer = row.get("unique_id", row.get("id", i)), str(answer).rpartition("####")[2]
-        problem = {"benchmark": Path(source).stem, "id": str(number), "chat": chat}
-        problems.append(problem | {"answer": answer.strip(), "level": row.get("level")})
-    if len({isinstance(p["level"], str) for p in problems if p["level"] is not None}) > 1:
-        raise ValueError(f"{source} has numbers and texts as levels, which have no order")
-    if len({problem["id"] for problem in problems}) < len(problems):
-        raise ValueError(f"{source} gives several problems the same id")
-    return problems[: limit or None]
+    """The problems of a benchmark: dicts with benchmark, id, chat, answer, level (None if unknown),
+    rows (how many have this id) and same (equal where chat and answer are). Raises BadInput for a
+    source that can't be read and for a bad row."""
+    problems = {}
+    for i, row in enumerate(opsdc.load_rows(BENCHMARKS.get(source, source))):
+        with reading(f"{source}, row {i + 1}"):
+            chat, level = opsdc.read_chat(row), row.get("level")
+            answer = row.get("answer", (row.get("reward_model") or {}).get("ground_truth"))  # DAPO
+            for name, value in {"answer": answer, "level": level}.items():
+                good = isinstance(value, str | int | float) and value == value  # NaN is not
+                if not (good and str(value).strip(" #\n") or name == "level" and value is None):
+                    raise ValueError(f"{name} is {value!r}, no text or number")
+            answer, number = str(answer).rpartition("####")[2].strip(), row.get("id", i)
+            problem = {"id": str(row.get("unique_id", number)), "answer": answer, "level": level}
+            problem |= {"benchmark": Path(source).stem, "chat": chat, "rows": 0}
+            problem["same"] = opsdc.digest(json.dumps([chat, answer]))
+            json.dumps(problem, ensure_ascii=False).encode()  # raises for a lone surrogate
+            first = problems.setdefault(problem["id"], problem)
+            first["rows"] += 1
+            require(first["same"] == problem["same"], "another problem has the same id")
+    require(problems, f"{source} has no rows")
+    kinds = {isinstance(p["level"], str) for p in problems.values() if p["level"] is not None}
+    require(len(kinds) < 2, f"{source} has numbers and texts as levels, which have no order")
+    distinct = list(dict.fromkeys(problem["same"] for problem in problems.values()))
+    kept = set(distinct[: limit or None])
+    return [problem for problem in problems.values() if problem["same"] in kept]
 
 
 # ---- Grading -------------------------------------------------------------------------------------
@@ -122,11 +129,16 @@ WORKER_MEMORY = 2 << 30  # bytes, beside what a worker starts with
 
 # A line "Answer: X", with markdown or "the final" before it; inside a line only with a capital,
 # because "we check our answer: ..." states nothing. A display needs no colon before it.
+NAME = r"(?:(?i:the|my|final|correct)[ \t]+)*(?i:answers?)"
+LINE, CAPITAL = rf"^[ \t>#*_-]*{NAME}", r"\bA(?:nswers?|NSWERS?)"
+BARE = r"(?=\**[-\d$\\({\[√π])(?!\d+[.)][ \t])"  # without a colon; no item of a list
 ANSWER = re.compile(
-    r"(?:^[ \t>#*_-]*(?:(?i:the|my|final)[ \t]+)*(?i:answers?)|\bA(?:nswers?|NSWERS?))"
-    r"(?:[ \t]+(?:is|are))?[*_ \t]{0,9}(?::|\s{0,9}(?=\$\$|\\\[))"
-    r"|\banswers?[ \t]+(?:is|are)[*_ \t]{0,9}:?\s{0,9}(?=\$\$|\\\[)",
-    re.M,
+    rf"(?m)(?:{LINE}|{CAPITAL})(?:[ \t]+(?:is|are))?[*_ \t]{{0,9}}(?::|\s{{0,9}}(?=\$\$|\\\[))"
+    r"|\banswers?[ \t]+(?:is|are)[*_ \t]{0,9}:?\s{0,9}(?=\$\$|\\\[)"
+    rf"|{CAPITAL}[*_ \t]{{0,9}}=|{LINE}[*_ \t]{{0,9}}\n\s{{0,9}}{BARE}"  # the second: a heading
+    r"|(?:^[ \t>#*_-]*|[.!?][ \t]+\**)(?:(?:So|Thus|Hence|Therefore),?[ \t]+)?"  # the last sentence
+    rf"{NAME}[ \t]+(?:is|are)[ \t]+{BARE}(?=(?:[^\n.]|\.(?=\S)){{1,200}}\Z)"
+    r"|^####[ \t]*(?=[-+$\\\d.,/% ]{1,50}\Z)",  # the last line, as in GSM8K
 )
 DISPLAY = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]", re.S)
 # An answer ends with its line or sentence, and where a reason follows.
@@ -134,17 +146,17 @@ END = re.compile(r"\n|\.\s|[\s,;]+\(?(?:since|because)\b|,\s+(?:as|which)\b")
 # Formulas between dollars or brackets; "$1$, $2$ and $3$" counts as one.
 FORMULA = r"(?:(?<!\\)\$\$?(?:\\\$|[^$])+\$\$?|\\\(.+?\\\)|\\\[.+?\\\])"
 FORMULAS = re.compile(rf"{FORMULA}(?:(?:[\s,;]|and|or)*{FORMULA})*", re.S)
-# math-verify takes 5 million for 5, 52_7 for 52_8 and the set {1, 2} for the point (1, 2).
+# math-verify takes 5 million for 5, 52 for 52_8, and 1, 2 or the set {1, 2} for the point (1, 2).
 NUMBER_WORD = r"dozen|hundred|thousand|\w+illion"
-BASE, BRACKET = r"\d_\{?(\w+)", r"(\\\{|\()[^(){}]*,"
+BASE, BRACKET = r"\d_\{?(\w+)", r"(\\\{|(?<!\\)\()[^()]*,"
 UNIT = r"(?<=\d)\s*(?:[€£¥]|(?:[cdkm]m|in|ft)\^?[23²³]|m[²³])$"  # not in math-verify
-# A number and at most three words, none of which can change its value: "5 dollars", "5 red balls".
+# A number and at most three words that can't change its value: "5 dollars", "5 (see above)".
 CHANGES = (
     rf"(?:{NUMBER_WORD}|third|quarter|\w+th)s?|half|halves|percent\w*|squared|cubed|times|plus|"
     r"minus|over|root|sqrt|factorial|mod\w*|base|log|sin|cos|tan|alpha|beta|theta|and|for|when|"
     r"where|unless|with|without|more|less|than|not|are"
 )
-WORDS = rf"(?:\s+(?!(?:{CHANGES})\b)[a-zA-Z]{{3,}}){{1,3}}"
+WORDS = rf"(?:\s+\(?(?!(?:{CHANGES})\b)[a-zA-Z]{{3,}}\)?){{1,3}}"
 WITH_WORDS = re.compile(rf"(\\?\$?-?\d[\d,]*(?:\.\d+)?)\**{WORDS}")
 
 
@@ -157,14 +169,15 @@ def paper_answer(response: str) -> str:
 
 def final_answer(response: str) -> str:
     """The answer stated last after the thinking, for math-verify; "" where there is none."""
-    text = re.sub(r"\\(?:boxed|fbox)\s*\{\s*\}", "", response.rpartition("</think>")[2])
+    text = response.rpartition("</think>")[2].rstrip("*_. \t\r\n")
+    text = re.sub(r"\\(?:boxed|fbox)\s*\{\s*\}", "", text)
     mark = max((match.end() for match in ANSWER.finditer(text)), default=-1)
     box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if "<think>" in text or box == mark == -1:
         return ""  # it was still thinking when it ended, or states nothing
-    if box >= mark:  # it may stand in a line with others, all of them the answer
-        line = max(text.rfind("\n", 0, box), box - LONGEST_ANSWER) + 1
-        answer = extract_boxed_content(text[line : box + LONGEST_ANSWER], "last")
+    if box >= mark:  # it may stand in a sentence with others, all of them the answer
+        sentence = re.split(r"\n|[.!?]\s", text[max(0, box - LONGEST_ANSWER) : box])[-1]
+        answer = extract_boxed_content(sentence + text[box : box + LONGEST_ANSWER], "last")
         return rf"\boxed{{{plain(answer)}}}" if answer.count("{") == answer.count("}") else ""
     rest = text[mark:].lstrip(" \t\r\n*_")[: LONGEST_ANSWER + 1]
     if display := DISPLAY.match(rest):
@@ -184,38 +197,41 @@ def final_answer(response: str) -> str:
 
 
 def plain(answer: str) -> str:
-    """The answer with LaTeX for a root sign, degrees and a bare `pi`, and 1\\,234 as 1234."""
+    """LaTeX for √, ° and pi; a time of day as a text; 12^{th} as 12, and 1 234 as 1234."""
     answer = re.sub(r"√(\d+|\w|\([^()]*\))", r"\\sqrt{\1}", answer.replace("°", r"^\circ"))
-    answer = re.sub(r"(?<=\d)\\,(?=\d{3}(?!\d))", "", answer)
+    answer = re.sub(r"(?<=\d)(?:\\,|~|\\?\s)(?=\d{3}(?!\d))", "", answer)
+    ends = re.compile(r"\\(?:text|mathrm)\{\s*([\d:\s]*[ap]\.?m\.?|st|nd|rd|th)\s*\}", re.I)
+    time = re.compile(r"(\d?\d:\d\d)[\s~]*([ap])\.?m\b\.?", re.I)
+    answer = time.sub(r"\\text{\1 \2.m.}", ends.sub(r"\1", answer))
+    answer = re.sub(r"(?<=\d)\^(?:\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th)\b)", "", answer)
     return re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi", answer)
 
 
 def contradicts(gold: str, text: str) -> bool:
-    """Whether number words differ, or bases or brackets where both have some."""
-    words, bases, brackets = (
-        [set(re.findall(pattern, part, re.I)) for part in (gold, text)]
-        for pattern in (NUMBER_WORD, BASE, BRACKET)
-    )
-    differ = [all(both) and both[0].isdisjoint(both[1]) for both in (bases, brackets)]
-    return words[0] != words[1] or any(differ)
+    """Whether number words differ, or gold's bases, or brackets; or a point in gold is a list."""
+    sides, kinds = (gold, text), (NUMBER_WORD, BASE, BRACKET)
+    found = ([{*re.findall(kind, side, re.I)} for side in sides] for kind in kinds)
+    words, bases, brackets = found
+    listed = "," in text and not re.search(r"(?<!\\)[(\[]|[\\$]\{|=", text)
+    if words[0] != words[1] or bases[0] - bases[1] or (listed and "(" in brackets[0]):
+        return True
+    return all(brackets) and brackets[0].isdisjoint(brackets[1])
 
 
 STATED = {"final": final_answer, "answer_only": paper_answer, "boxed_only": str}
 
 
 def compare(verdict: str, response: str, gold: str, limit: float) -> bool | None:
-    """One verdict of math-verify, in a grading process; None if it raises an error.
-
-    After `limit` seconds of processor time the kernel ends the process, inside C code too, which
-    math-verify's own time limits cannot stop. Gold answers are LaTeX; only the paper's paths also
-    take a plain number out of the response.
-    """
+    """One verdict of math-verify, in a grading process; None if it raises an error. After `limit`
+    seconds of processor time the kernel ends the process, which math-verify's own limits can't do
+    inside C code. Gold answers are LaTeX; only the paper's paths also read plain numbers."""
     signal.setitimer(signal.ITIMER_PROF, limit)
     try:
         text, latex = STATED[verdict](response), LatexExtractionConfig()
+        kinds = [latex] if verdict == "final" else [ExprExtractionConfig(), latex]
+        gold = plain(gold) if verdict == "final" else gold
         if not text.strip() or (verdict == "final" and contradicts(gold, text)):
             return False
-        kinds = [latex] if verdict == "final" else [ExprExtractionConfig(), latex]
         right = parse(rf"\boxed{{{gold}}}", [latex], parsing_timeout=None)
         return verify(right, parse(text, kinds, parsing_timeout=None), timeout_seconds=None)
     except Exception:
@@ -235,16 +251,13 @@ def start_worker() -> None:
 
 def grading_pool(workers: int) -> ProcessPool:
     """Grading processes, forked from a clean server: a fork of this process would break CUDA."""
-    context = multiprocessing.get_context("forkserver")
-    return ProcessPool(workers, initializer=start_worker, context=context)
+    return ProcessPool(workers, initializer=start_worker, context=get_context("forkserver"))
 
 
 def grade(pool: ProcessPool, rows: Iterable[tuple], limit: float = 5.0) -> list[dict[str, int]]:
-    """The verdicts of each (response, gold), and `errors`: how many comparisons were ended.
-
-    A response has `limit` seconds of processor time, and ten times as much on the clock. Each of
-    its three comparisons has a third: one that is ended counts as wrong and spoils no other.
-    """
+    """The verdicts of each (response, gold), and `errors`: how many comparisons were ended. Each of
+    the three has a third of `limit` seconds of processor time, and ten times as much on the clock.
+    One that is ended counts as wrong and spoils no other."""
     share = limit / len(STATED)
     jobs = [
         {name: pool.schedule(compare, (name, *row, share), timeout=10 * share) for name in STATED}
@@ -263,111 +276,110 @@ def grade(pool: ProcessPool, rows: Iterable[tuple], limit: float = 5.0) -> list[
 
 Candidate = tuple[str, str]  # model and prompt, or file and "as written"
 Problems = dict[tuple[str, str], dict]  # by benchmark and id
+Prepared = tuple[Tokenizer, dict[tuple, Ids], GenerationConfig]
 KEY = ("model", "prompt", "benchmark", "id", "sample")  # tells a sample from all others
 
 
-def open_candidate(
-    candidate: Candidate, problems: Problems, settings: Settings
-) -> tuple[opsdc.Model, opsdc.Tokenizer, list[list[int]]]:
-    """A model that samples by the settings, its tokenizer, and its prompt for each problem.
+def common_style(models: list[str]) -> str:
+    """The style of prompts that the trained models among these know, by run.json; else `paper`.
+    Raises BadInput if they know several."""
+    runs = [run for name in models if (run := Path(name, "run.json")).exists()]
+    with reading(" and ".join(map(str, runs))):
+        configs = [json.loads(run.read_text(encoding="utf-8"))["config"] for run in runs]
+        styles = {config.get("prompt", "paper") for config in configs} or {"paper"}
+        require(len(styles) == 1, "they differ in --prompt: choose one --prompt_style for all")
+    return styles.pop()
 
-    Prompts are in the style that run.json names: the one that the model was trained with. Raises
-    ValueError for a model that can't be used and for an unknown instruction.
-    """
-    (name, prompt), style = candidate, "paper"
-    if (run := Path(name) / "run.json").exists():
-        with opsdc.reading(run):
-            style = json.loads(run.read_text(encoding="utf-8"))["config"].get("prompt", style)
+
+def identify(name: str) -> dict[str, str]:
+    """What tells a model from others: a hub id's commit, and digests of a directory's files, which
+    are read in full (16 GB: some 20 seconds). Raises BadInput for what is no model."""
+    kinds = ("*config.json", "*token*", "*.jinja", "*.safetensors")
+    with reading(name):
+        digests = {f"snapshot of {name}": Path(cached_file(name, "config.json")).parent.name}
+        for path in sorted(path for kind in kinds for path in Path(name).glob(kind)):
+            with path.open("rb") as file:
+                digests[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def prepare(candidate: Candidate, problems: Problems, settings: Settings) -> Prepared:
+    """A model's tokenizer, its prompt for each problem, and its settings for sampling: without its
+    weights, so that bad input is refused before any model samples. Raises BadInput."""
+    (name, prompt), style = candidate, settings.prompt_style
     asked, instruction = (0, "v1") if prompt == "student" else (1, prompt)
-    pairs = [opsdc.prompt_pair(p["chat"], instruction, style) for p in problems.values()]
-    with opsdc.reading(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        prompts = opsdc.encode_chats(tokenizer, [pair[asked] for pair in pairs])
-    model = opsdc.load_model(name, settings.dtype)
-    sampling = {option: getattr(settings, option) for option in ("temperature", "top_p", "top_k")}
-    model.generation_config = opsdc.sampling_settings(
-        model, prompts, settings.max_new_tokens, **sampling
-    )
-    return model, tokenizer, prompts
+    chats = [opsdc.prompt_pair(p["chat"], instruction, style)[asked] for p in problems.values()]
+    other = [*chats[0][:-1], {"role": "user", "content": chats[0][-1]["content"] + " Why?"}]
+    tokenizer = opsdc.load_tokenizer(name)
+    with reading(name):
+        probe, *prompts = opsdc.encode_chats(tokenizer, [other, *chats])
+        require(probe != prompts[0], "its chat template leaves the problem out")
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with torch.device("meta"):  # no weights
+            model = AutoModelForCausalLM.from_config(config)
+        with contextlib.suppress(OSError):  # not every model has this file
+            model.generation_config = GenerationConfig.from_pretrained(name)
+    generation = opsdc.sampling_settings(settings, [model], tokenizer, prompts)
+    return tokenizer, dict(zip(problems, prompts, strict=True)), generation
 
 
-def identify(candidate: Candidate, problems: Problems, settings: Settings) -> dict:
-    """What the samples of a model depend on beside the settings."""
-    model, _, prompts = open_candidate(candidate, problems, settings)
-    sums = [weight.flatten().view(torch.int16).sum().item() for weight in model.parameters()]
-    return {
-        f"weights of {candidate}": opsdc.digest(json.dumps(sums)),
-        f"prompts of {candidate}": opsdc.digest(json.dumps(prompts)),
-        f"stop ids of {candidate}": model.generation_config.eos_token_id,
-    }
-
-
-def generate(
-    candidate: Candidate, problems: Problems, settings: Settings, batches: list[tuple[int, list]]
-) -> Iterator[list[dict]]:
-    """Yields the samples, ungraded, for each numbered batch of keys; the number gives the seed."""
-    model, tokenizer, prompts = open_candidate(candidate, problems, settings)
-    prompts = dict(zip(problems, prompts, strict=True))
-    for number, keys in batches:
-        torch.manual_seed(settings.seed * 1_000_000 + number)
-        asked = [prompts[key[2:4]] for key in keys]
-        samples = []
-        for prompt, completion in zip(asked, opsdc.rollout(model, asked, len(asked)), strict=True):
-            thinks = tokenizer.decode(prompt).rstrip().endswith("<think>")  # as some templates do
-            text = tokenizer.decode(completion, skip_special_tokens=True)
-            finished = completion[-1] in model.generation_config.eos_token_id
-            sample = {"response": "<think>\n" + text if thinks else text}
-            samples.append(sample | {"tokens": len(completion), "finished": finished})
-        yield samples
+def generate(model: Model, tokenizer: Tokenizer, prompts: list[Ids]) -> list[dict]:
+    """Samples one response to each prompt, all at once, ungraded."""
+    completions, samples = opsdc.rollout(model, prompts, len(prompts)), []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        thinks = tokenizer.decode(prompt).rstrip().endswith("<think>")  # as some templates do
+        text = tokenizer.decode(completion, skip_special_tokens=True)
+        finished = completion[-1] in model.generation_config.eos_token_id
+        sample = {"response": "<think>\n" * thinks + text, "tokens": len(completion)}
+        samples.append(sample | {"finished": finished})
+    return samples
 
 
 def read_responses(file: str, problems: Problems, samples: int) -> dict[tuple, dict]:
-    """Samples by key that another engine wrote to a .jsonl file.
-
-    A row has the id of a problem, response (with <think> where the prompt ended so), tokens (their
-    number), finished (false where it was cut); rows of one id are its samples. Raises ValueError
-    for other rows, and for problems without all samples.
-    """
+    """Samples by key that another engine wrote to a .jsonl file. A row has the id of a problem,
+    response (with <think> where the prompt ended so), tokens (their number), finished (false where
+    it was cut); rows of one id are its samples. Raises BadInput for other rows, and for problems
+    without all samples."""
     (benchmark, _), *_ = problems
     counts, written = Counter(), {}
     fields = {"response": str, "tokens": int, "finished": bool}
     for number, row in enumerate(opsdc.load_rows(file), 1):
-        for name, kind in fields.items():
-            if type(row.get(name)) is not kind or name == "tokens" and row[name] < 1:
-                raise ValueError(f"{file}, row {number} has no good {name}")
+        with reading(f"{file}, row {number}"):
+            for name, kind in fields.items():
+                if type(row.get(name)) is not kind or name == "tokens" and not 0 < row[name] <= 1e9:
+                    raise ValueError(f"it has no good {name}")
+            row["response"].encode()  # raises for a lone surrogate
         place = benchmark, str(row.get("id"))
         written[file, "as written", *place, counts[place]] = {name: row[name] for name in fields}
         counts[place] += 1
-    if wrong := counts.items() ^ dict.fromkeys(problems, samples).items():
+    wished = {place: samples * problem["rows"] for place, problem in problems.items()}
+    if wrong := counts.items() ^ wished.items():
         wish = f"must have {samples} (--samples) responses to each problem and no others"
-        raise ValueError(f"{file} {wish}: look at id {min(wrong)[0][1]}")
+        raise BadInput(f"{file} {wish}: look at id {min(wrong)[0][1]}")
     return written
 
 
-# ---- Records on disk -----------------------------------------------------------------------------
-
-
 def open_records(output_dir: Path, identity: dict) -> tuple[IO[bytes], dict[tuple, dict]]:
-    """This rank's file of samples, locked, to append to; and the samples on disk by key.
-
-    Raises ValueError if another process writes here, or if the directory holds an evaluation with
-    another identity.
-    """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    records = open(output_dir / f"samples-{dist.get_rank()}.jsonl", "a+b")
+    """This rank's file of samples, locked, to append to; and the samples on disk by key. Raises
+    BadInput if output_dir can't be written, is in use, or holds an evaluation with another identity
+    or with none."""
+    with reading(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        records = open(output_dir / f"samples-{dist.get_rank()}.jsonl", "a+b")
     try:
         fcntl.flock(records, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{output_dir} is in use by another evaluation") from None
+        raise BadInput(f"{output_dir} is in use by another evaluation") from None
     dist.barrier()  # every rank has its lock
     file = output_dir / "settings.json"
-    with opsdc.reading(file):
+    with reading(file):
         held = json.loads(file.read_text(encoding="utf-8")) if file.exists() else identity
     for name in held | identity:
         if held.get(name) != identity.get(name):
             other = f"with {name} {held.get(name)}, not {identity.get(name)}"
-            raise ValueError(f"{output_dir} holds an evaluation {other}: choose another")
+            raise BadInput(f"{output_dir} holds an evaluation {other}: choose another")
     done = read_samples(output_dir)
+    require(file.exists() or not done, f"{output_dir} has samples but no settings.json")
     dist.barrier()  # every rank has read
     if dist.get_rank() == 0:
         whole = file.with_suffix(".unfinished")  # a kill leaves no half of settings.json
@@ -382,29 +394,24 @@ def read_samples(output_dir: Path) -> dict[tuple, dict]:
     """All samples in output_dir, each key once; of a file that ends within a row, the rest."""
     samples = {}
     for file in sorted(output_dir.glob("samples-*.jsonl")):
-        with opsdc.reading(file), file.open(encoding="utf-8") as lines:
+        with reading(file), file.open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines if line.endswith("\n")]
             samples |= {tuple(row[name] for name in KEY): row for row in rows}
     return samples
 
 
-# ---- Report --------------------------------------------------------------------------------------
-
-
 def summarize(rows: list[dict]) -> pd.DataFrame:
     """Means by benchmark, level ("all", then each) and candidate, in the order of the rows.
-
     NAME_interval is half of a 95% interval, 1.96 standard errors. Samples of one problem are alike,
-    so only the problems' means count as independent draws. Reductions are against the tokens of the
-    first candidate.
-    """
+    in several rows too, so only the problems' means count as independent draws. Reductions are
+    against the tokens of the first candidate."""
     levels = {row["level"] for row in rows} - {None}
     levels = sorted(levels, key=lambda level: (isinstance(level, str), level))
     parts = {"all": rows} | {str(one): [r for r in rows if r["level"] == one] for one in levels}
     table = pd.concat([pd.DataFrame(part).assign(level=name) for name, part in parts.items()])
     table["cut"] = ~table["finished"]
     group, values = ["benchmark", "level", "model", "prompt"], [*VERDICTS, "tokens", "cut"]
-    problems = table.groupby([*group, "id"], sort=False)[values].mean().groupby(group, sort=False)
+    problems = table.groupby([*group, "same"], sort=False)[values].mean().groupby(group, sort=False)
     summary = problems.mean()
     base = summary.groupby(["benchmark", "level"])["tokens"].transform("first")
     summary["reduction"] = 1 - summary["tokens"] / base
@@ -430,23 +437,21 @@ def report(summary: pd.DataFrame) -> str:
 
 
 def evaluate(models: list[str], responses: list[str], output_dir: Path, settings: Settings) -> None:
-    """Samples and grades what output_dir lacks, prints the table, writes summary.json.
-
-    Raises ValueError for whatever can't be evaluated, before it writes anything.
-    """
+    """Samples and grades what output_dir lacks, prints the table, writes summary.json. Raises
+    BadInput before it writes anything, but for broken weights of a later model at its turn."""
     prompts = settings.prompt * len(models) if len(settings.prompt) == 1 else settings.prompt
     if bool(models) == bool(responses):
-        raise ValueError("name the models to evaluate, or files of --responses to grade")
+        raise BadInput("name the models to evaluate, or files of --responses to grade")
     if len(prompts) != len(models):
-        raise ValueError(f"--prompt names {len(prompts)} prompts for {len(models)} models")
+        raise BadInput(f"--prompt names {len(prompts)} prompts for {len(models)} models")
     if responses and len(settings.data) > 1:
-        raise ValueError("--responses needs one benchmark: choose it with --data")
-    candidates = list(zip(models, prompts, strict=True))
-    candidates += [(file, "as written") for file in responses]
+        raise BadInput("--responses needs one benchmark: choose it with --data")
+    candidates = [*zip(models, prompts, strict=True), *((file, "as written") for file in responses)]
     if len(set(candidates)) < len(candidates):
-        raise ValueError("the same model with the same prompt is named twice")
+        raise BadInput("the same model with the same prompt is named twice")
     if len({Path(source).stem for source in settings.data}) < len(settings.data):
-        raise ValueError("--data has two files of the same name, which tells benchmarks apart")
+        raise BadInput("--data has two files of the same name, which tells benchmarks apart")
+    settings = replace(settings, prompt_style=settings.prompt_style or common_style(models))
     rows = [row for source in settings.data for row in load_problems(source, settings.limit)]
     problems = {(row["benchmark"], row["id"]): row for row in rows}
     written = {}
@@ -454,32 +459,36 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
         written |= read_responses(file, problems, settings.samples)
     asked = [row | {"level": None} for row in rows]  # a repaired level changes no sample
     identity = {"candidates": [*map(list, candidates)], **asdict(settings)}
-    identity["problems"] = opsdc.digest(json.dumps(asked))
-    identity["responses"] = opsdc.digest(json.dumps([*written.values()]))
-    for candidate in candidates[: len(models)]:
-        identity |= identify(candidate, problems, settings)
+    identity["problems and responses"] = opsdc.digest(json.dumps([asked, *written.values()]))
+    prepared = {one: prepare(one, problems, settings) for one in candidates[: len(models)]}
+    identity |= {key: value for name in models for key, value in identify(name).items()}
 
+    early = models and not (output_dir / "settings.json").exists()  # if broken, nothing is written
+    model = opsdc.load_model(models[0], settings.dtype, opsdc.DEVICE) if early else None
     records, done = open_records(output_dir, identity)
     rank, ranks, size = dist.get_rank(), dist.get_world_size(), settings.batch_size
-    places = [(*place, sample) for place in problems for sample in range(settings.samples)]
-    total = len(candidates) * len(places)
-    with (
-        records,
-        grading_pool(max(1, min(8, os.cpu_count() // ranks))) as pool,
-        tqdm(total=total // ranks, initial=len(done) // ranks, disable=rank > 0) as bar,
-    ):
-        for candidate in candidates:
-            keys = [(*candidate, *place) for place in places]
-            batches = enumerate(keys[i : i + size] for i in range(0, len(keys), size))
-            batches = [(n, b) for n, b in [*batches][rank::ranks] if not done.keys() >= {*b}]
-            samples = generate(candidate, problems, settings, batches)  # opens a model at need
-            if responses:
-                samples = ([written[key] for key in batch] for _, batch in batches)
-            for (_, batch), batch_samples in zip(batches, samples, strict=False):
+    places = [(*p, i) for p in problems for i in range(settings.samples * problems[p]["rows"])]
+    total = len(candidates) * len(places) // ranks
+    bar = tqdm(total=total, initial=len(done) // ranks, disable=rank > 0)
+    with records, bar, grading_pool(max(1, min(8, os.cpu_count() // ranks))) as pool:
+        for candidate in sorted(candidates, key=lambda one: (models + responses).index(one[0])):
+            for start in range(rank * size, len(places), ranks * size):
+                batch = [(*candidate, *place) for place in places[start : start + size]]
+                if done.keys() >= {*batch}:
+                    continue
+                if responses:
+                    samples = [written[key] for key in batch]
+                else:
+                    if model is None or model.name_or_path != candidate[0]:
+                        model = None  # each model is loaded once, and never are two in memory
+                        model = opsdc.load_model(candidate[0], settings.dtype, opsdc.DEVICE)
+                    tokenizer, encoded, model.generation_config = prepared[candidate]
+                    torch.manual_seed(settings.seed * 1_000_000 + start // size)
+                    samples = generate(model, tokenizer, [encoded[key[2:4]] for key in batch])
                 golds = [problems[key[2:4]]["answer"] for key in batch]
-                texts = [sample["response"] for sample in batch_samples]
+                texts = [sample["response"] for sample in samples]
                 verdicts = grade(pool, zip(texts, golds, strict=True))
-                for key, sample, verdict in zip(batch, batch_samples, verdicts, strict=True):
+                for key, sample, verdict in zip(batch, samples, verdicts, strict=True):
                     row = dict(zip(KEY, key, strict=True)) | sample | verdict
                     if key not in done:
                         records.write(json.dumps(row).encode() + b"\n")
@@ -489,7 +498,7 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
     if rank == 0:
         samples = read_samples(output_dir)
         keys = [(*candidate, *place) for candidate in candidates for place in places]
-        summary = summarize([samples[k] | {"level": problems[k[2:4]]["level"]} for k in keys])
+        summary = summarize([problems[key[2:4]] | samples[key] for key in keys])
         text = summary.reset_index().to_json(orient="records", indent=2, double_precision=15)
         (output_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
         print(f"Accuracy in % with 95% intervals, {settings}\n\n{report(summary)}")
@@ -503,26 +512,23 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="hub ids or directories, the baseline first")
     parser.add_argument("--responses", nargs="+", default=[], help="files to grade, see README")
     parser.add_argument("--output_dir", default="runs/eval", help="samples-*.jsonl, summary.json")
-    arguments = vars(parser.parse_args())
-    models, responses = arguments.pop("models"), arguments.pop("responses")
-    output_dir = Path(arguments.pop("output_dir"))
     try:
-        settings = Settings(**arguments)
-        opsdc.start_ranks()
+        with reading("the command line"):
+            arguments = vars(parser.parse_args())
+        models, responses = arguments.pop("models"), arguments.pop("responses")
+        output_dir, settings = Path(arguments.pop("output_dir")), Settings(**arguments)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the server of grading processes
         forkserver.ensure_running()  # it imports its libraries while models are opened
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        opsdc.start_ranks(settings.dtype)
         evaluate(models, responses, output_dir, settings)
-    except torch.OutOfMemoryError:
-        lower = "lower --batch_size, on which samples depend, and choose another --output_dir"
-        parser.exit(1, f"eval.py: out of GPU memory: {lower}\n")
+    except BadInput as error:
+        parser.exit(2, f"eval.py: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "eval.py: interrupted; the same command goes on where it stopped\n")
-    except Exception as error:
-        if sys.flags.dev_mode:
-            raise
-        parser.exit(2, f"eval.py: error: {opsdc.one_line(error)}\n")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except OSError as error:  # a full disk, a closed terminal
+        parser.exit(1, f"eval.py: {error}; the same command goes on where it stopped\n")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

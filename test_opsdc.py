@@ -895,7 +895,12 @@ def test_final_reads_the_answer_stated_last(grade):
         Answer: 5, since 6 - 1 = 5 | Answer: 5 (because 6 - 1 is 5) | So the answer is:¶¶$$5$$
         \boxed{5 \text{ zorgs}} | $\boxed{1} \quad \text{and} \quad \boxed{2}$ => 1, 2
         Answer: 2pi => 2\pi | \boxed{pi/2} => \frac{\pi}{2} | Answer: $1\,234\,567$ => 1234567
-        Answer: $52_8$ => 52_8 | Answer: $\{1, 2\}$ => \{2, 1\}"""
+        Answer: $52_8$ => 52_8 | Answer: $\{1, 2\}$ => \{2, 1\} | Answer: 1, 2 => 2, 1
+        ### Answer¶5 | **Final Answer**¶¶$5$ | Answer = 5 | Yes.¶#### 5 | Answer: 5 (see above)
+        The answer is 5. | No. So the final answer is **$5$**. | First \boxed{4}. Wait, so \boxed{5}
+        \boxed{4:30 \text{ p.m.}} => \text{4:30 p.m.} | Answer: 12:05 AM => 12:05 \text{ a.m.}
+        \boxed{12^{\mathrm{th}}} => 12 | Answer: $12^{th}$ => 12 | Answer: 1 000 => 1000
+        Answer: $(\frac{1}{2}, 3)$ => (0.5, 3) | Answer: $x=1, y=2$ => (1, 2)"""
     wrong = r"""5 | so it must be $5$ | the result is 5 | Answer: | Answer: not 5 | Answer: 5x
         Answer: $5$ if $x=1$ | <think>Answer: 5 | \boxed{5 | Answer: 50 | Answer: 5, 6
         <think>1</think><think>Answer: 5 | Answer: 5 \boxed{6} | Answer: 5¶¶Answer: 6
@@ -903,7 +908,11 @@ def test_final_reads_the_answer_stated_last(grade):
         Answer: 5 hundred zorgs | \boxed{5 \text{ million}} | Answer: 5 halves
         Answer: 5 or 6 zorgs | Answer: at least 5 | Answer: $52_7$ => 52_8
         Answer: $\{1,2\}$ => (1,2) | Answer: (1,2) => (2,1) | Answer: (1,2) => \{1,2\}
-        Answer: 1\,23 => 123"""
+        Answer: 1\,23 => 123 | \boxed{5} or \boxed{4} | the answer = 5 | #### 5¶#### No
+        ### Answer¶5. First, add. | ### Answer¶We have $5$. | Answer: 5 (dozen) | #### 5. First
+        The answer is $5$. Or is it? | I doubt that the answer is 5. | The answer is not $5$.
+        Answer: 1, 2 => (1, 2) | \boxed{\frac12, 2} => (\frac{1}{2}, 2) | Answer: 52 => 52_8
+        \boxed{4:30} => \text{4:30 p.m.} | Answer: 4:30 AM => \text{4:30 p.m.}"""
     right += " | Answer: 5. " + "It is so. " * 200
     wrong += " |  | Answer: 5" + "5" * 1000
     for texts, expected in ((right, True), (wrong, False)):
@@ -958,22 +967,23 @@ def test_settings_reach_the_rollouts(asked, monkeypatch, tmp_path):
     change(plain / "chat_template.jinja", TOKENIZER.chat_template + "<think>\n")  # to be closed
     arguments = ["--data", data, "--samples=2", "--batch_size=4", "--top_p=0.5", "--top_k=7"]
     arguments += ["--temperature=0.25", "--max_new_tokens=9", f"--output_dir={tmp_path}/run"]
-    prompts = ["--prompt", "student", "v1", "student", "say it in a word"]
-    run = [TOY, TOY, plain, plain, *arguments, "--seed=3", *prompts]
+    prompts = ["--prompt", "student", "student", "v1", "say it in a word"]
+    run = [TOY, plain, TOY, plain, *arguments, "--seed=3", *prompts]
     with monkeypatch.context() as patch:  # a display that fails loses no sample
         patch.setattr(evaluation.tqdm, "update", Mock(side_effect=BrokenPipeError("closed")))
-        assert call(evaluation, *run)[0] == 2
+        assert call(evaluation, *run)[0] == 1
+    monkeypatch.setattr(opsdc, "load_model", load := Mock(wraps=opsdc.load_model))
     assert len(read_rows(tmp_path / "run" / "samples-0.jsonl")) == 4
     code, out, err = call(evaluation, *run)
     assert code == 0, err
+    assert [loaded.args[0] for loaded in load.call_args_list] == [str(TOY), str(plain)]
     seeds = [seed for seed, *_ in asked]
     assert len(seeds) == 12 and len(set(seeds[:3])) == 3 and seeds == seeds[:3] * 4
     for _, config, texts in asked:
         assert (config.temperature, config.top_p, config.top_k) == (0.25, 0.5, 7)
         assert config.max_new_tokens == 9 and len(texts) == 4
     problem, c = GSM8K[0]["question"], " ".join(INSTRUCTIONS["v1"].split())
-    paper = f"{FORMAT}\n\n{problem}\n\n{REMEMBER}"
-    texts = f"{FIRST} {paper}", f"{c}\n\n{paper}", problem, f"say it in a word\n\n{problem}"
+    texts = problem, f"{c}\n\n{problem}", problem, f"say it in a word\n\n{problem}"
     shown = [asked[i][2][0].removesuffix("<think>") for i in (0, 3, 6, 9)]
     assert shown == [TURN.format(text) for text in texts]
     rows = read_rows(tmp_path / "run" / "samples-0.jsonl")
@@ -988,6 +998,43 @@ def test_settings_reach_the_rollouts(asked, monkeypatch, tmp_path):
     assert [seed for seed, *_ in asked] == seeds[:1]
     assert call(evaluation, TOY, *arguments, "--seed=4", f"--output_dir={tmp_path}/b")[0] == 0
     assert not {seed for seed, *_ in asked[1:]} & set(seeds)
+
+
+def test_all_models_are_asked_in_one_style(asked, tmp_path):
+    """That of the trained ones among them, or --prompt_style."""
+    question = GSM8K[0]["question"]
+    paper = f"{FIRST} {FORMAT}\n\n{question}\n\n{REMEMBER}"
+    boxed, plain = (shutil.copytree(TOY, tmp_path / style) for style in ("boxed", "plain"))
+    change(plain / "run.json", '{"config": {"prompt": "plain"}}')
+    change(boxed / "run.json", '{"config": {"prompt": "Box: {problem}"}}')
+    run = ["--samples=1", "--limit=1", "--max_new_tokens=9"]
+    run += ["--data", write_rows(tmp_path / "sums.jsonl", GSM8K)]
+    refused(evaluation, [boxed, plain, *run], "choose one --prompt_style", tmp_path)
+    for models, style, text in (
+        ([TOY], "", paper),
+        ([TOY, boxed], "", f"Box: {question}"),
+        ([plain, TOY], "", question),
+        ([boxed, TOY, plain], "So, {problem}", f"So, {question}"),
+    ):
+        asked.clear()
+        options = [f"--prompt_style={style}", f"--output_dir={tmp_path}/{len(text)}"]
+        assert call(evaluation, *models, *run, *options)[0] == 0
+        assert [texts for *_, texts in asked] == [[TURN.format(text)]] * len(models)
+
+
+def test_rows_of_the_same_problem_are_its_samples(tmp_path):
+    """AIME comes in files that hold each problem several times, with one id or with several."""
+    once = [{"id": i, "problem": f"{i} + 3?", "answer": i + 3} for i in range(10)]
+    often = [row for row in once for _ in range(4)]
+    for k, rows in enumerate((once, often, [row | {"id": i} for i, row in enumerate(often)])):
+        texts = [{"id": row["id"], "response": f"Answer: {max(row['answer'], 7)}"} for row in rows]
+        texts = [text | {"tokens": 3, "finished": True} for text in texts]  # 6 of 10 are right
+        data = write_rows(tmp_path / "data.jsonl", [*rows, {"problem": "a", "answer": 1}])
+        run = ["--data", data, "--samples=1", "--limit=10", f"--output_dir={tmp_path}/{k}"]
+        run += ["--responses", write_rows(tmp_path / "responses.jsonl", texts)]
+        code, out, err = call(evaluation, *run)
+        assert code == 0 and "| 60.0 ± 32.0 |" in out, err
+        assert len(read_rows(tmp_path / f"{k}/samples-0.jsonl")) == len(rows)
 
 
 def test_the_report_says_what_its_rows_say(tmp_path):
@@ -1064,9 +1111,9 @@ def test_another_evaluation_in_the_same_place_is_refused(asked, tmp_path):
     held, weights = f"{out} holds an evaluation with", (model / "model.safetensors").read_bytes()
     refused(evaluation, [*run, "--temperature=0.7"], f"{held} temperature 0.6, not 0.7", out)
     for file, new, message in (
-        (model / "chat_template.jinja", "{{ messages[0].content }}", "prompts of"),
-        (model / "generation_config.json", {"eos_token_id": 7}, "stop ids of"),
-        (model / "model.safetensors", weights[:-4] + bytes(4), "weights of"),
+        (model / "chat_template.jinja", "{{ messages[0].content }}", f"{model}/chat_template"),
+        (model / "generation_config.json", {"eos_token_id": 7}, f"{model}/generation_config"),
+        (model / "model.safetensors", weights[:-4] + bytes(4), f"{model}/model.safetensors"),
         (data, data.read_text().replace("#### 3", "#### 4"), "problems"),
     ):
         good = change(file, new)
@@ -1076,9 +1123,21 @@ def test_another_evaluation_in_the_same_place_is_refused(asked, tmp_path):
     code, said, _ = call(evaluation, *run)
     assert code == 0 and "| 2 |" in said and "| 1 |" not in said and len(asked) == count
     assert contents(out)["samples-0.jsonl"] == samples
+    good = change(out / "settings.json", None)
+    refused(evaluation, run, "has samples but no settings.json", out)
+    change(out / "settings.json", good)
     with open(out / "samples-0.jsonl", "a") as file:
         evaluation.fcntl.flock(file, evaluation.fcntl.LOCK_EX)
         refused(evaluation, run, "is in use by another evaluation", out)
+
+
+def test_ctrl_c_during_imports_and_a_safe_path(tmp_path):
+    command, options = [sys.executable, evaluation.__file__, "--help"], {"capture_output": True}
+    (tmp_path / "pandas.py").write_text("import os\nos.kill(os.getpid(), 2)")
+    run = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, **options)
+    assert (run.returncode, run.stderr) == (-INT, b"")
+    run = subprocess.run(command, env={"PYTHONSAFEPATH": "1"}, **options)
+    assert run.returncode == 0 and b"--prompt_style" in run.stdout
 
 
 # ---- Faults: what becomes of a file, as JSON, or is said; and what the one line says -------------
@@ -1144,21 +1203,29 @@ WORDS += [(f"--{value}", f"--{value.split('=')[0]}") for value in VALUES.split()
 FAULTS += [(opsdc, words, "empty.parquet", "", message) for words, message in WORDS]
 DATA = table("""{"problem": "a", "answer": null} => answer is None
     {"problem": "a", "answer": "####"} => answer is '####' | {"text": "a"} => columns are ['text']
-    {"problem": "a", "answer": 1}¶{"problem": "b", "answer": NaN} => row 2: answer is nan
-    {"problem": "a", "answer": 1, "level": [1]} => row 1: level is [1]
+    {"problem": "a", "answer": 1}¶{"problem": "b", "answer": NaN} => row 2 can't be used: answer
+    {"problem": "a", "answer": 1, "level": [1]} => row 1 can't be used: level is [1] | => no rows
     {"problem": "a", "answer": 1, "id": 1}¶{"problem": "b", "answer": 1, "id": 1} => the same id
     {"problem": "a", "answer": 1, "level": "a"}¶{"problem": "b", "answer": 1, "level": 1} => texts
-    {"problem": "a", "answer": 1, "level": NaN} => row 1: level is nan""")
+    {"problem": "a", "answer": 1, "level": NaN} => level is nan
+    {"problem": "a", "answer": 1, "level": "\\udcff"} => row 1 can't be used: 'utf-8' codec""")
 SAMPLE = '{"id": 0, "response": "Answer: 2", "tokens": 3, "finished": true}\n'
 SAMPLES = [(SAMPLE * 2, "must have 1 (--samples) responses to each problem and no others")]
 SAMPLES += [(SAMPLE + SAMPLE.replace("0", "7"), "look at id 7")]
-SAMPLES += [(SAMPLE.replace("3", tokens), "row 1 has no good tokens") for tokens in ("0", '"3"')]
+SAMPLES += [(SAMPLE.replace("3", new), "it has no good tokens") for new in ("0", '"3"', "9" * 10)]
+SAMPLES += [(SAMPLE.replace("2", "\\ud800"), "r.jsonl, row 1 can't be used: 'utf-8' codec")]
 WORDS = table("""toy {tmp}/no => no can't be used | toy toy => is named twice | toy RANK=1 => error
     toy --prompt v3 => --instruction is 'v3' | toy --prompt v1 v2 => names 2 prompts for 1 models
+    toy --prompt_style=v1 => 'v1' is no style
     toy --max_new_tokens=1020 => toy has 1024 positions | toy --samples=0 => --samples is 0
     toy --temperature=0 => --temperature must be | toy --seed=99999999999 => --seed is 99999999999
     --limit=2 => name the models to evaluate | --responses r --data a b => needs one benchmark
     toy --output_dir={tmp}/file => File exists | toy --data r ../r => two files of the same name""")
+MODEL = table("""chat_template.jinja => "Why?" => leaves the problem out
+    config.json => {"model_type": "t5"} => T5Config | model.safetensors => "" => deserializing
+    config.json => {"model_type": "x", "auto_map": {"AutoConfig": "own.X"}} => model can't be used
+    generation_config.json => {"eos_token_id": 821} => no token for its stop ids""")
+FAULTS += [(evaluation, "{tmp}/model", f"model/{f}", json.loads(new), e) for f, new, e in MODEL]
 FAULTS += [(evaluation, "toy", "model/data.jsonl", *row) for row in DATA]
 FAULTS += [(evaluation, "--responses={tmp}/r.jsonl", "r.jsonl", *row) for row in SAMPLES]
 FAULTS += [(evaluation, words, "file", "", message) for words, message in WORDS]
