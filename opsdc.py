@@ -346,9 +346,6 @@ def train(config: Config, complete: Callable[[Model, list[Ids], int], list[Ids]]
     if done:
         load_checkpoint(output_dir / f"step-{done}", student, teacher, optimizer)
         copy_to_sampler(student, sampler)
-    log = output_dir / "metrics.jsonl"
-    if rank == 0 and log.exists():  # steps that are done again are logged again
-        os.truncate(log, sum(map(len, log.read_bytes().splitlines(True)[:done])))
     bar = tqdm(initial=done, total=config.steps, unit="step", disable=QUIET)
     signals = catch_signals()  # grows with Ctrl-C and the like
     data = enumerate(batches(prompts, config.batch_size, config.seed), 1)
@@ -595,9 +592,11 @@ def keep_rollouts(path: Path, tokenizer: Tokenizer, triples: list, statistics: l
 
 
 def log_step(output_dir: Path, metrics: dict[str, Any], bar: tqdm) -> None:
-    """Adds a row to metrics.jsonl, and shows some of it."""
-    with open(output_dir / "metrics.jsonl", "a", encoding="utf-8") as log:
-        print(json.dumps(metrics), file=log)
+    """Writes row `step` of metrics.jsonl, in place of rows of steps that are done again."""
+    with open(output_dir / "metrics.jsonl", "a+b") as log:
+        log.seek(0)
+        log.truncate(sum(map(len, log.readlines()[: metrics["step"] - 1])))
+        log.write(json.dumps(metrics).encode() + b"\n")
     line = "step {step}: loss {loss:.4f}, {completion_tokens:.1f} tokens, {truncated:.0%} cut, "
     line += "entropy {student_entropy:.2f}, {rollout_seconds:.1f} + {update_seconds:.1f} s"
     bar.write(line.format(**metrics), file=sys.stderr)
