@@ -36,7 +36,9 @@ Beyond the paper: --teacher, another model; --refresh_share, an average of stude
 """
 
 import contextlib
+import csv
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -650,13 +652,12 @@ def load_rows(source: str, split: str = "train") -> Iterator[Any]:
         if kind == ".parquet":
             for batch in pyarrow.parquet.ParquetFile(source).iter_batches():
                 yield from batch.to_pylist()
-        elif kind in (".jsonl", ".json"):  # datasets would turn texts into dates and numbers
+        elif kind in (".jsonl", ".json", ".csv"):  # datasets would make dates and numbers of texts
             with fsspec.open(source, "rt", compression="infer", encoding="utf-8-sig") as file:
                 text = file.read().strip()
             commas = text.replace("\n", ",\n")  # an error in .jsonl then names the line
-            yield from json.loads(text if text.startswith("[") else f"[{commas}]")
-        elif kind == ".csv":
-            yield from datasets.load_dataset("csv", data_files=source, split="train")
+            rows = text if text.startswith("[") else f"[{commas}]"
+            yield from csv.DictReader(io.StringIO(text)) if kind == ".csv" else json.loads(rows)
         else:
             require(not Path(name).is_file(), "its name ends in none of .jsonl .json .csv .parquet")
             hub = name[:1] not in "./~" and name.count("/") < 2
@@ -684,7 +685,8 @@ def read_chat(row: Any) -> Chat:
     if isinstance(turns, str):
         turns = [{"role": "user", "content": turns}]
     good = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
-    chat = [{"role": t.get("role"), "content": text_of(t.get("content"))} for t in turns if good]
+    turns = turns if good else []
+    chat = [{"role": turn.get("role"), "content": text_of(turn.get("content"))} for turn in turns]
     good = chat and chat[-1]["role"] == "user" and all(turn["content"].strip() for turn in chat)
     wish = "a problem, question or prompt that ends with a text of the user"
     require(good, f"its columns are {list(columns)}, without {wish}")

@@ -38,7 +38,7 @@ import opsdc
 
 HERE = Path(__file__).parent
 TOY, SHARED = HERE / "toy", HERE.parent / "shared" / "data"
-LARGER = TOY / "teacher"  # of the toy's words
+OTHER_TOY = TOY / "teacher"  # of the toy's words
 logging.disable()  # pytest would keep logged errors, and with them the lock of the run they ended
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="real data not at hand")
 
@@ -315,13 +315,15 @@ def test_problems_are_read_from_files_of_every_kind(tmp_path):
     parts = [{"type": "text", "text": text} for text in ("7 + ", "8?")]
     rows = '{"problem": null, "question": "7 + 8?", "prompt": ""}\n'
     rows += json.dumps({"prompt": [{"role": "user", "content": parts}]})
-    cells = "problem,question\n,7 + 8?\n7 + 8?,"
-    files = {"a.JSONL": rows, "a.json": rows, "a.csv": cells, "A.Csv": cells}.items()
+    cells = "answer,problem,question\n015,,7 + 8?\n015,7 + 8?,"
+    files = {"a.JSONL": rows, "a.json": rows, "a[1].csv": cells, "A.Csv": cells}.items()
     packings = {"": bytes, ".gz": gzip.compress, ".GZ": gzip.compress}.items()
     for (name, text), (end, pack), mark in itertools.product(files, packings, ("", "\ufeff")):
         path = tmp_path / f"{name}{end}"
         path.write_bytes(pack(f"{mark}{text}\n\n".encode()))
-        assert [*map(opsdc.read_chat, opsdc.load_rows(str(path)))] == [user("7 + 8?")] * 2
+        found = list(opsdc.load_rows(str(path)))
+        assert [*map(opsdc.read_chat, found)] == [user("7 + 8?")] * 2
+        assert all(row.get("answer", "015") == "015" for row in found)  # a text, no number
 
 
 def test_configurations_and_splits_of_a_dataset(tmp_path):
@@ -723,7 +725,7 @@ def test_every_rollout_ends_at_a_stop_id_of_model_teacher_or_tokenizer(tmp_path)
     model, run = shutil.copytree(TOY, tmp_path / "model"), tmp_path / "run"
     shipped = {"eos_token_id": 0, "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6}
     change(model / "generation_config.json", json.dumps(shipped))
-    other, same = (shutil.copytree(path, tmp_path / path.name) for path in (LARGER, TOY))
+    other, same = (shutil.copytree(path, tmp_path / path.name) for path in (OTHER_TOY, TOY))
     change(other / "generation_config.json", {"eos_token_id": [7]})
     flags = {"model": model, "data": TOY / "train.jsonl", "output_dir": run, "save_every": 1}
     flags |= {"batch_size": 4, "steps": 2, "max_new_tokens": 256, "refresh_every": 0}
@@ -756,7 +758,7 @@ def test_a_part_of_a_checkpoint_trains_and_says_so(tiny, small_run, tmp_path):
 
 
 def test_a_larger_teacher_holds_on_two_ranks_and_after_a_kill(small_run, tmp_path):
-    run = [*small_run, f"--teacher={LARGER}", "--refresh_every=0", "--instruction=none"]
+    run = [*small_run, f"--teacher={OTHER_TOY}", "--refresh_every=0", "--instruction=none"]
     run += ["--steps=4", "--top_p=1e-6"]  # greedy
     whole, killed, two = (tmp_path / name for name in ("whole", "killed", "two"))
     assert start(opsdc, *run, f"--output_dir={whole}")[0] == 0
@@ -1179,6 +1181,7 @@ DATA = table(r"""=> has no rows | [1, 2] => row 1 ... its columns are [], withou
     {"problem": "a"}¶{"problem": " "} => row 2 ... ends with a text of the user
     {"problem": "a"}¶{"problem": "b¶ => line 2 | {"prompt": []} => row 1
     {"problem": "\udcff"} => row 1 ... surrogate | {"prompt": [1]} => row 1 ... ['prompt']
+    {"problem": 7} => row 1 ... ['problem']
     {"prompt": [{"role": "system", "content": "a"}]} => row 1 ... ends with a text of the user
     {"prompt": [{"role": "user", "content": [{"type": "image"}]}]} => row 1 ... not made of texts
     {"prompt": [{"role": "", "content": "\udcff"}, {"role": "user", "content": "a"}]} => row 1""")
