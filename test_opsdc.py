@@ -719,6 +719,14 @@ def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_p
     close(outcome(disturbed), outcome(whole), atol=0, rtol=0)
 
 
+def test_what_nohup_ignores_stays_ignored():
+    before = [signal.signal(number, signal.SIG_IGN) for number in (INT, TERM, HUP)]
+    caught = opsdc.catch_signals()
+    signal.raise_signal(HUP)
+    [signal.signal(*pair) for pair in zip((INT, TERM, HUP), before, strict=True)]
+    assert not caught
+
+
 def test_every_rollout_ends_at_a_stop_id_of_model_teacher_or_tokenizer(tmp_path):
     """A toy that ships a stop id which it never writes, and settings that transformers calls
     invalid; its own teacher, another one, and itself with equal prompts: nothing to learn."""
