@@ -19,28 +19,18 @@ import sys
 import tempfile
 import time
 import timeit
-import weakref
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
-from unittest import mock
 
 import torch
-import torch.distributed as dist
 import transformers as hf
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import opsdc  # noqa: E402
+from results.simulate import BATCH, PROMPT_TOKENS, TOKENS, simulate  # noqa: E402
 
 TOY = str(ROOT / "toy")
 CHATS = [[{"role": "user", "content": f"What is the last digit of {i} + {i}?"}] for i in range(8)]
@@ -48,7 +38,7 @@ TRL = importlib.util.find_spec("trl") is not None
 if TRL:
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer, loss_utils
 
-VOCABULARY, PROMPT_TOKENS, TOKENS, BATCH = 151_936, 1024, 8192, 32
+VOCABULARY = 151_936
 SIZES = {  # of Qwen3: hidden, intermediate, layers, heads
     "0.6B": (1024, 3072, 28, 16),
     "8B": (4096, 12288, 36, 32),
@@ -207,127 +197,6 @@ def parity(_: argparse.Namespace) -> None:
     print(f"largest difference {difference:.1e}, relative {difference / largest:.1e}")
 
 
-class Ledger(TorchDispatchMode):
-    """Accounts of fake tensors, which have a shape and no data: bytes alive on each device, their
-    peak and its phase; in `work` FLOPs of matrix products and attention, and bytes sent.
-
-    Where the code asks for data, the answer is that each completion has TOKENS tokens and that the
-    gradient's norm is 1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.phase, self.known = "", {}  # known: device and bytes of each storage
-        self.alive, self.peaks, self.work = Counter(), {}, Counter()
-
-    def book(self, storage: int, size: int) -> None:
-        device, before = self.known[storage]
-        self.known[storage] = device, size
-        self.alive[device] += size - before
-        self.peaks[device] = max(self.peaks.get(device, (0, "")), (self.alive[device], self.phase))
-
-    def forget(self, storage: int) -> None:
-        self.book(storage, 0)
-        del self.known[storage]
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if DTensor in types:
-            return NotImplemented  # its local tensors come next
-        kwargs, name = kwargs or {}, op.overloadpacket.__name__
-        if name == "_local_scalar_dense":
-            return 1.0 if args[0].is_floating_point() else TOKENS
-        if name == "_pin_memory":
-            return args[0]
-        if name == "repeat_interleave":  # of the lengths
-            out = args[0].new_zeros(len(args[0]) * TOKENS)
-        elif name == "index" and args[1][0].dtype == torch.bool:  # states by the marks of `align`
-            marked = args[0].new_zeros(len(args[0]) * TOKENS, dtype=torch.long)
-            out = op(args[0].flatten(0, 1), [marked])
-        else:
-            out = op(*args, **kwargs)
-        leaves = tree_leaves(args), tree_leaves(out)
-        given, made = ([leaf for leaf in x if isinstance(leaf, torch.Tensor)] for x in leaves)
-        for tensor in made:
-            storage = tensor.untyped_storage()
-            if id(storage) not in self.known:
-                self.known[id(storage)] = str(tensor.device), 0
-                weakref.finalize(storage, self.forget, id(storage))
-            self.book(id(storage), storage.nbytes())
-        product_like = getattr(torch.ops.aten, name.removesuffix("_"), None)  # addmm_ is an addmm
-        if product_like in flop_registry:
-            self.work["FLOP"] += flop_registry[product_like](*args, **kwargs, out_val=out)
-        if "c10d" in op.namespace and ("gather" in name or "scatter" in name):
-            self.work["between GPUs"] += max(tensor.nbytes for tensor in given + made)
-        if name in ("_to_copy", "copy_") and made[0].device != given[-1].device:
-            self.work["over PCIe"] += given[-1].nbytes
-        return out
-
-
-def simulate(shape: hf.PreTrainedConfig, ranks: int, offload: bool, micro: int) -> tuple:
-    """One rank's update on its share of BATCH rollouts of the greatest length, by opsdc.py's own
-    code, on fake tensors. Returns bytes held when it is done, peaks by device, and its work."""
-    gpu, ledger = torch.device("cpu:1"), Ledger()  # torch has no fake GPU where it has no real one
-    options = opsdc.Config(dtype="bfloat16", offload=offload)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    fully_shard = partial(opsdc.fsdp.fully_shard, mesh=init_device_mesh("cpu", (ranks,)))
-    device_of_mesh = "torch.distributed.fsdp._fully_shard._fully_shard._get_device_from_mesh"
-    resize_storage, apply_loss = torch.UntypedStorage.resize_, opsdc.ChunkedDivergence.apply
-
-    def resize(storage: torch.UntypedStorage, size: int) -> None:  # FSDP frees weights by it
-        resize_storage(storage, size)
-        if id(storage) in ledger.known:
-            ledger.book(id(storage), size)
-
-    def loss_phase(*arguments) -> tuple:
-        ledger.phase = "loss"
-        return apply_loss(*arguments)
-
-    def random_weights(dtype: torch.dtype) -> opsdc.Model:
-        with gpu:
-            return hf.AutoModelForCausalLM.from_config(shape, dtype=dtype).eval()
-
-    with (
-        mock.patch.multiple(opsdc, CUDA=True, DEVICE=gpu),
-        mock.patch.object(opsdc.fsdp, "fully_shard", fully_shard),
-        mock.patch(device_of_mesh, lambda _: gpu),
-        mock.patch.object(torch.nn.Module, "float", lambda module: module),  # it is fp32
-        mock.patch.object(torch.UntypedStorage, "resize_", resize),
-        mock.patch.object(opsdc.ChunkedDivergence, "apply", loss_phase),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        ledger,
-    ):
-        student = opsdc.shard(random_weights(torch.float32), options)
-        teacher = opsdc.shard(random_weights(torch.float32).requires_grad_(False), options)
-        sampler = random_weights(torch.bfloat16)
-        optimizer = torch.optim.AdamW(student.parameters(), fused=True)
-        for weight in student.parameters():  # a step, so that AdamW has its state
-            weight.grad = torch.zeros_like(weight)
-        optimizer.step()
-        optimizer.zero_grad()
-        ledger.peaks.clear()
-        triples = [([0] * PROMPT_TOKENS, [0] * PROMPT_TOKENS, [0] * TOKENS)] * micro
-        micro_batches = BATCH // ranks // micro
-        for _ in range(min(2, micro_batches)):  # the second one adds to the first one's gradients
-            ledger.work.clear()
-            ledger.phase = "forward"
-            loss, _ = opsdc.distillation_loss(student, teacher, triples, "reverse_kl", micro)
-            ledger.phase = "backward"
-            loss.backward()
-        for name in ledger.work:
-            ledger.work[name] *= micro_batches
-        ledger.phase = "clipping"
-        teacher.reshard()
-        opsdc.clip_gradients(student, 1.0)
-        ledger.phase = "AdamW"
-        optimizer.step()
-        optimizer.zero_grad()
-        ledger.phase = "copy"
-        opsdc.copy_to_sampler(student, sampler)
-        held = ledger.alive[str(gpu)]
-    dist.destroy_process_group()
-    ledger.work["between GPUs"] *= 1 - 1 / ranks  # a GPU has its own share
-    return held, ledger.peaks[str(gpu)], ledger.peaks.get("cpu", (0, ""))[0], ledger.work
-
-
 def memory(arguments: argparse.Namespace) -> None:
     """GB of each GPU and of the host; what an update moves and computes; how many rollouts at once
     fit beside what is held, by arithmetic. 8% of a GPU must be to spare."""
@@ -341,7 +210,9 @@ def memory(arguments: argparse.Namespace) -> None:
             shape = hf.Qwen3Config(**shape, tie_word_embeddings=size == "0.6B")
         else:
             shape = hf.AutoConfig.from_pretrained(size)
-        held, (peak, phase), host, work = simulate(shape, ranks, offload, micro)
+        ledger = simulate(shape, ranks, offload, micro)
+        held, work, (peak, phase) = ledger.alive["cpu:1"], ledger.work, ledger.peaks["cpu:1"]
+        host, _ = ledger.peaks.get("cpu", (0, ""))
         cache = 4 * (PROMPT_TOKENS + TOKENS) * shape.num_hidden_layers  # bf16 keys and values
         cache *= shape.num_key_value_heads * shape.head_dim
         rows = []
