@@ -12,6 +12,7 @@ large, so lower --rollout_batch_size. metrics.jsonl is about what is trained on;
 the mean length of the student's own rollouts and the share of them that were replaced, by step.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -45,17 +46,12 @@ def rewrite(rewriter, tokenizer, chats: list, rollouts: list, batch_size: int) -
     asking = [rewriting_chat(chat, text) for chat, text in zip(chats, texts, strict=True)]
     prompts = opsdc.encode_chats(tokenizer, asking, enable_thinking=False)
     rewrites = opsdc.rollout(rewriter, prompts, batch_size)
-    rows = zip(rollouts, texts, rewrites, decode(rewrites), strict=True)
-    for old, old_text, new, new_text in rows:
-        same_form = ("</think>" in new_text) == ("</think>" in old_text)
-        shorter = new_text.strip() and len(new) < len(old)
+    for old, was, new, text in zip(rollouts, texts, rewrites, decode(rewrites), strict=True):
+        same_form = ("</think>" in text) == ("</think>" in was)
+        shorter = text.strip() and len(new) < len(old)
         good = shorter and same_form and max(new) < len(tokenizer)
         completions.append(new if good else old)
     return completions
-
-
-def read_lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def mixed_policy(config: opsdc.Config) -> Callable[[opsdc.Model, list, int], list[opsdc.Ids]]:
@@ -71,6 +67,9 @@ def mixed_policy(config: opsdc.Config) -> Callable[[opsdc.Model, list, int], lis
     fault = f"{name} has {room} positions, prompt + rollout + request + rewrite {need}"
     opsdc.require(need <= room, fault)
     teacher = opsdc.load_model(name, config.dtype, opsdc.DEVICE) if config.teacher else None
+    output_dir = Path(config.output_dir).expanduser()
+    saved = [int(file.parent.name[5:]) for file in output_dir.glob("step-*/.metadata")]
+    steps = itertools.count(max(saved, default=0) + 1)  # --resume goes on after the newest
 
     def complete(sampler: opsdc.Model, prompts: list, batch_size: int) -> list[opsdc.Ids]:
         rewriter, asked = teacher or sampler, [chats[tuple(prompt)] for prompt in prompts]
@@ -82,10 +81,11 @@ def mixed_policy(config: opsdc.Config) -> Callable[[opsdc.Model, list, int], lis
         dist.all_reduce(means)
         tokens, rewritten = (means / dist.get_world_size()).tolist()
         if dist.get_rank() == 0:
-            log = Path(config.output_dir).expanduser() / "rewrites.jsonl"
-            done = len(read_lines(log.with_name("metrics.jsonl")))  # steps; fewer after --resume
-            row = {"step": done + 1, "rollout_tokens": tokens, "rewritten": rewritten}
-            log.write_text("\n".join([*read_lines(log)[:done], json.dumps(row), ""]))
+            row = {"step": next(steps), "rollout_tokens": tokens, "rewritten": rewritten}
+            with open(output_dir / "rewrites.jsonl", "a+b") as log:  # drops redone steps
+                log.seek(0)
+                log.truncate(sum(map(len, log.readlines()[: row["step"] - 1])))
+                log.write(json.dumps(row).encode() + b"\n")
         return completions
 
     return complete
