@@ -30,7 +30,7 @@ import transformers as hf
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import opsdc  # noqa: E402
-from results.simulate import BATCH, PROMPT_TOKENS, TOKENS, simulate  # noqa: E402
+from results.simulate import BATCH, GPU, PROMPT_TOKENS, TOKENS, simulate  # noqa: E402
 
 TOY = str(ROOT / "toy")
 CHATS = [[{"role": "user", "content": f"What is the last digit of {i} + {i}?"}] for i in range(8)]
@@ -211,7 +211,7 @@ def memory(arguments: argparse.Namespace) -> None:
         else:
             shape = hf.AutoConfig.from_pretrained(size)
         ledger = simulate(shape, ranks, offload, micro)
-        held, work, (peak, phase) = ledger.alive["cpu:1"], ledger.work, ledger.peaks["cpu:1"]
+        held, work, (peak, phase) = ledger.held, ledger.work, ledger.peaks[str(GPU)]
         host, _ = ledger.peaks.get("cpu", (0, ""))
         cache = 4 * (PROMPT_TOKENS + TOKENS) * shape.num_hidden_layers  # bf16 keys and values
         cache *= shape.num_key_value_heads * shape.head_dim

@@ -29,17 +29,15 @@ GPU = torch.device("cpu:1")  # a name: torch has no fake GPU where it was built 
 
 
 class Ledger(TorchDispatchMode):
-    """Sees every operation. `alive`: bytes by device; `peaks`: their maximum and its phase;
-    `work`: FLOPs of matrix products and attention, and bytes sent.
-
-    Where the code asks for data, the answer is: each completion has TOKENS tokens, each number is 1
-    (the gradient's norm).
-    """
+    """Sees every operation. `alive`: bytes by device; `peaks`: their maximum and its phase; `held`:
+    bytes on the GPU when the update is done; `work`: FLOPs of matrix products and attention, and
+    bytes sent. Where the code asks for data, each completion has TOKENS tokens, and the gradient's
+    norm is 1."""
 
     def __init__(self) -> None:
         super().__init__()
         self.phase, self.known = "", {}  # known: device and bytes of each storage
-        self.alive, self.peaks, self.work = Counter(), {}, Counter()
+        self.alive, self.peaks, self.held, self.work = Counter(), {}, 0, Counter()
 
     def book(self, storage: int, size: int) -> None:
         device, before = self.known[storage]
@@ -52,7 +50,7 @@ class Ledger(TorchDispatchMode):
         del self.known[storage]
 
     def answer(self, op, name: str, args: tuple, kwargs: dict) -> object:
-        """The result of an operation."""
+        """The result of an operation, also where it depends on data."""
         if name == "_local_scalar_dense":  # item()
             return 1.0 if args[0].is_floating_point() else TOKENS
         if name == "_pin_memory":
@@ -79,11 +77,10 @@ class Ledger(TorchDispatchMode):
                 self.known[id(storage)] = str(tensor.device), 0
                 weakref.finalize(storage, self.forget, id(storage))
             self.book(id(storage), storage.nbytes())
-        # addmm_ costs what addmm does, the CPU's attention what the GPU's does
-        known = name.removesuffix("_").replace("_for_cpu", "")
-        known = getattr(torch.ops.aten, known, None)
-        if known in flop_registry:
-            self.work["FLOP"] += flop_registry[known](*args, **kwargs, out_val=out)
+        plain = name.removesuffix("_").replace("_for_cpu", "")  # addmm_ costs what addmm does
+        counted = getattr(torch.ops.aten, plain, None)
+        if counted in flop_registry:
+            self.work["FLOP"] += flop_registry[counted](*args, **kwargs, out_val=out)
         if "c10d" in op.namespace and ("gather" in name or "scatter" in name):
             self.work["between GPUs"] += max(tensor.nbytes for tensor in given + made)
         if name in ("_to_copy", "copy_") and made[0].device != given[-1].device:
@@ -92,7 +89,7 @@ class Ledger(TorchDispatchMode):
 
 
 def simulate(shape: hf.PreTrainedConfig, ranks: int, offload: bool, micro: int) -> Ledger:
-    """The update of one rank in bf16. Its `alive` is what the next rollout finds."""
+    """The update of one rank in bf16, in micro-batches of `micro` rollouts."""
     ledger, micro_batches = Ledger(), BATCH // ranks // micro
     config = opsdc.Config(dtype="bfloat16", offload=offload)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
@@ -130,7 +127,7 @@ def simulate(shape: hf.PreTrainedConfig, ranks: int, offload: bool, micro: int) 
         for weight in student.parameters():
             weight.grad = torch.zeros_like(weight)
         optimizer.step()  # makes AdamW's state
-        if micro_batches == 1:  # else the gradients of earlier ones are there
+        if micro_batches == 1:  # else there are gradients of earlier ones, and this is the last
             optimizer.zero_grad()
         ledger.peaks.clear()
         ledger.work.clear()
@@ -148,9 +145,7 @@ def simulate(shape: hf.PreTrainedConfig, ranks: int, offload: bool, micro: int) 
         optimizer.zero_grad()
         ledger.phase = "copy"
         opsdc.copy_to_sampler(student, sampler)
-        held = ledger.alive.copy()
-    del student, teacher, sampler, optimizer, weight
+        ledger.held = ledger.alive[str(GPU)]
     dist.destroy_process_group()
-    ledger.alive = held
     ledger.work["between GPUs"] *= 1 - 1 / ranks  # all but a GPU's own share
     return ledger
