@@ -1,9 +1,10 @@
-"""Time and memory of opsdc.py's parts on the device that is there; each subcommand prints a table.
+"""Time and memory of opsdc.py's parts; each subcommand prints a table. All but `memory` measure on
+the device that is there.
 
 python results/bench.py loss       # beside its four matrix products, plain autograd and TRL
 python results/bench.py update     # beside TRL's SDFTTrainer: seconds and memory
 python results/bench.py parity     # beside TRL's SDFTTrainer: loss and gradient, on the toy
-python results/bench.py memory     # GB of Qwen3's sizes: arithmetic, no measurement
+python results/bench.py memory     # GB and FLOPs of an update of Qwen3's sizes: simulated
 python results/bench.py rollout --config config.json    # tokens a second, by engine and rows
 python results/bench.py step --config config.json       # three steps, --offload or not
 """
@@ -11,6 +12,7 @@ python results/bench.py step --config config.json       # three steps, --offload
 import argparse
 import importlib.util
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -28,6 +30,7 @@ import transformers as hf
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import opsdc  # noqa: E402
+from results.simulate import BATCH, GPU, PROMPT_TOKENS, TOKENS, simulate  # noqa: E402
 
 TOY = str(ROOT / "toy")
 CHATS = [[{"role": "user", "content": f"What is the last digit of {i} + {i}?"}] for i in range(8)]
@@ -35,16 +38,13 @@ TRL = importlib.util.find_spec("trl") is not None
 if TRL:
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer, loss_utils
 
-VOCABULARY, TOKENS, BATCH = 151_936, 1024 + 8192, 32
-SIZES = {  # of Qwen3: billions of parameters, hidden, intermediate, layers, heads, tied embeddings
-    "0.6B": (0.596, 1024, 3072, 28, 16, True),
-    "8B": (8.191, 4096, 12288, 36, 32, False),
-    "14B": (14.768, 5120, 17408, 40, 40, False),
-    "32B": (32.762, 5120, 25600, 64, 64, False),
+VOCABULARY = 151_936
+SIZES = {  # of Qwen3: hidden, intermediate, layers, heads
+    "0.6B": (1024, 3072, 28, 16),
+    "8B": (4096, 12288, 36, 32),
+    "14B": (5120, 17408, 40, 40),
+    "32B": (5120, 25600, 64, 64),
 }
-SETTINGS = [("0.6B", 1, 16), ("8B", 1, 80), ("8B", 1, 141)]  # size, GPUs, GB each
-SETTINGS += [(size, 8, memory) for size in ("8B", "14B", "32B") for memory in (80, 141)]
-COLUMNS = "held", "rollout", "update", "peak", "host", "between GPUs", "over PCIe"
 
 
 def row(*cells: object, header: bool = False) -> None:
@@ -100,7 +100,7 @@ def compare(measure, names: list[str], arguments: argparse.Namespace) -> None:
 
 def measure_loss(name: str, arguments: argparse.Namespace) -> list[float]:
     """Forward and backward from final states and heads, in opsdc.py's compute dtype."""
-    options = {"device": opsdc.DEVICE, "dtype": opsdc.DTYPE}
+    options = {"device": opsdc.DEVICE, "dtype": getattr(torch, opsdc.DTYPE)}
     p_head = torch.empty(arguments.vocabulary, arguments.hidden, **options).normal_(std=0.02)
     q_head = p_head.clone().requires_grad_()
     q = torch.randn(arguments.tokens, arguments.hidden, **options)
@@ -155,17 +155,21 @@ def update_opsdc(model: str, rollouts: list[opsdc.Ids], steps: int) -> Meter:
     count, meter = len(rollouts), Meter()
     data = Path(tempfile.mkdtemp(), "chats.json")
     data.write_text(json.dumps([{"prompt": chat} for chat in CHATS[:count]]))
-    options = {"prompt": "plain", "batch_size": count, "max_new_tokens": 1}
-    run = opsdc.prepare(opsdc.Config(model, str(data), f"{data.parent}/run", **options))
-    triples = [(*ids[:2], y) for ids, y in zip(run.prompts, rollouts, strict=True)]
+    config = opsdc.Config(model, str(data), prompt="plain", batch_size=count)
+    opsdc.start_ranks(config.dtype)
+    student = opsdc.shard(opsdc.load_model(model), config)
+    teacher = opsdc.shard(opsdc.load_model(model).requires_grad_(False), config)
+    optimizer = torch.optim.AdamW(student.parameters(), 1e-6, weight_decay=0.01, fused=True)
+    prompts = opsdc.load_prompts(config, opsdc.load_tokenizer(model))
+    triples = [(x, x_c, y) for (x, x_c, _), y in zip(prompts, rollouts, strict=True)]
     for _ in range(steps):
         meter.on_step_begin()
-        loss, _ = opsdc.distillation_loss(run.student, run.teacher, triples, "reverse_kl", count)
+        loss, _ = opsdc.distillation_loss(student, teacher, triples, "reverse_kl", count)
         loss.backward()
-        opsdc.clip_gradients(run.student, 1.0)
-        meter.on_pre_optimizer_step(model=run.student)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
+        opsdc.clip_gradients(student, 1.0)
+        meter.on_pre_optimizer_step(model=student)
+        optimizer.step()
+        optimizer.zero_grad()
         meter.on_step_end()
     meter.loss = loss.item()
     return meter
@@ -193,41 +197,33 @@ def parity(_: argparse.Namespace) -> None:
     print(f"largest difference {difference:.1e}, relative {difference / largest:.1e}")
 
 
-def estimate(size: str, gpus: int, offload: bool, micro: int, rows: int) -> tuple:
-    """Bytes for each of COLUMNS, by arithmetic that README.md has in words."""
-    billions, hidden, intermediate, layers, heads, tied = SIZES[size]
-    n, head = billions * 1e9, VOCABULARY * hidden
-    ends = head if tied else 2 * head  # embedding and head
-    layer = (n - ends) / layers
-    activations = 2 * micro * TOKENS * (3 * intermediate + 6 * hidden + 2 * heads * 128)
-    phases = [  # of the update, one after the other
-        4 * head + 9 * 4 * opsdc.CHUNK * VOCABULARY,  # loss: the head's gradient, a chunk's logits
-        (4 + 4 + 2) * head,  # this gradient, scaled and rounded
-        2 * head + 2 * activations + 2 * (2 + 4) * layer,  # a layer's backward pass
-        (2 + 4 + 4 / gpus) * ends,  # gradients of embedding and head: bf16, fp32, the shard
-    ]
-    held = 2 * n + (0 if offload else 20 * n / gpus)
-    rollout = rows * TOKENS * layers * 8 * 128 * 2 * 2
-    gathered = 2 * 2 * ends + 3 * 2 * layer
-    update = gathered + 2 * micro * TOKENS * layers * hidden + max(phases)
-    times = BATCH // gpus // micro  # micro-batches
-    host = max(20 * n, 2 * n * gpus + 4 * n) if offload else 2 * n * gpus
-    between = (times * (3 * 2 + 4) + 4) * n * (gpus - 1) / gpus
-    pcie = (times * (3 * 4 + 4) + 4) * n / gpus if offload else 0
-    return held, rollout, update, held + max(rollout, update), host, between, pcie
-
-
-def memory(_: argparse.Namespace) -> None:
-    """The flags that fit, in the order: no --offload, large micro-batches, many rollout rows."""
-    row("Qwen3", "GPUs", *COLUMNS, "fits with", header=True)
-    for size, gpus, gigabytes in SETTINGS:
-        for offload, micro, rows in product((False, True), (4, 2, 1), (32, 16, 8, 4, 2, 1)):
-            figures = estimate(size, gpus, offload, micro, rows)
-            if fits := rows <= BATCH // gpus and figures[3] < 0.92e9 * gigabytes:  # the peak
-                break
-        flags = f"`{'--offload ' * offload}--micro_batch_size {micro} --rollout_batch_size {rows}`"
-        figures = [f"{figure / 1e9:,.0f}" for figure in figures]
-        row(size, f"{gpus} x {gigabytes} GB", *figures, flags if fits else "nothing")
+def memory(arguments: argparse.Namespace) -> None:
+    """GB of each GPU and of the host; what an update moves and computes; how many rollouts at once
+    fit beside what is held, by arithmetic. 8% of a GPU must be to spare."""
+    columns = "held", "peak", "in", "host", "between GPUs", "over PCIe", "PFLOP", "s at 40%"
+    row("Qwen3", "GPUs", "flags", *columns, "rows, 80 GB", "rows, 141 GB", header=True)
+    cases = product(arguments.sizes, arguments.ranks, (False, True), arguments.micro)
+    for size, ranks, offload, micro in cases:
+        if size in SIZES:
+            names = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+            shape = dict(zip(names, SIZES[size], strict=True)) | {"num_key_value_heads": 8}
+            shape = hf.Qwen3Config(**shape, tie_word_embeddings=size == "0.6B")
+        else:
+            shape = hf.AutoConfig.from_pretrained(size)
+        ledger = simulate(shape, ranks, offload, micro)
+        held, work, (peak, phase) = ledger.held, ledger.work, ledger.peaks[str(GPU)]
+        host, _ = ledger.peaks.get("cpu", (0, ""))
+        cache = 4 * (PROMPT_TOKENS + TOKENS) * shape.num_hidden_layers  # bf16 keys and values
+        cache *= shape.num_key_value_heads * shape.head_dim
+        rows = []
+        for room in (0.92 * 80e9, 0.92 * 141e9):
+            most = min((room - held) // cache, BATCH // ranks) if peak < room else 0
+            rows.append(2 ** int(math.log2(most)) if most >= 1 else "none")
+        figures = held, peak, host * ranks, work["between GPUs"], work["over PCIe"]
+        held, peak, *others = (f"{figure / 1e9:,.1f}" for figure in figures)
+        seconds = work["FLOP"] / 0.4 / 989e12
+        cells = held, peak, phase, *others, f"{work['FLOP'] / 1e15:.1f}", f"{seconds:.0f}", *rows
+        row(size, ranks, f"`{'--offload ' * offload}--micro_batch_size {micro}`", *cells)
 
 
 def rollout(arguments: argparse.Namespace) -> None:
@@ -283,7 +279,9 @@ def main() -> None:
     options |= {"config": "config.json", "prompt_tokens": 256, "new_tokens": 512, "flags": ""}
     for name, default in options.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    for name, default in {"rows": [1, 8, 32], "ranks": [1, 8], "micro": [1, 4]}.items():
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="or a config.json")
     arguments = parser.parse_args()
     commands[arguments.command](arguments)
 

@@ -4,9 +4,9 @@
     python results/study.py             # fills in README.md; study.json and three pictures
     python results/study.py --quick     # one seed, a third of steps and problems: runs/study-quick
 
-Each number comes from a run of `python opsdc.py @toy/args ...` and one of `python eval.py`, with
-three seeds of data order and sampling. A run is one process on one thread; as many run side by side
-as there are cores. Started again, the study goes on where it was stopped.
+Each number comes from a run of `python opsdc.py @toy/args ...` (MPD: of results/mpd.py) and one of
+`python eval.py`, with three seeds of data order and sampling. A run is one process on one thread;
+as many run side by side as there are cores. Started again, the study goes on where it was stopped.
 """
 
 import argparse
@@ -62,8 +62,8 @@ TABLES = {
         ("the teacher, prompt v1", "toy/teacher v1", ""),
         ("distilled", f"{LARGER} --instruction=none", ""),
         ("distilled v1", LARGER, ""),
-        ("MPD", f"{LARGER} --instruction=none --rewrite", ""),
-        ("MPD v1", f"{LARGER} --rewrite", ""),
+        ("MPD", f"{LARGER} --instruction=none", ""),  # as "distilled", but by results/mpd.py
+        ("MPD v1", LARGER, ""),
     ],
 }
 OPTIONS = {name: options for rows in TABLES.values() for name, options, _ in rows}
@@ -101,8 +101,9 @@ class Study:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
 
     def train(self, seed: int, name: str) -> None:
+        script = "results/mpd.py" if name.startswith("MPD") else "opsdc.py"
         arguments = ["@toy/args", f"--seed={seed}", "--resume", *self.flags[name].split()]
-        self.run("opsdc.py", arguments, self.path(name, seed), "tokenizer_config.json")
+        self.run(script, arguments, self.path(name, seed), "finished")
 
     def evaluate(self, seed: int) -> pd.DataFrame:
         """A row for each candidate and level: seed, name, level, and the columns of the tables."""
