@@ -43,7 +43,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -171,9 +170,8 @@ def prompt_pair(chat: Chat, instruction: str, style: str = "paper") -> tuple[Cha
 
 @torch.no_grad()
 def rollout(model: Model, prompts: list[Ids], batch_size: int) -> list[Ids]:
-    """Samples one completion of each prompt, batch_size at a time, with the model's
-    generation_config, which must be one of `sampling_settings`. A completion ends with its first
-    stop id; one that was cut at max_new_tokens has none."""
+    """Samples one completion of each prompt, batch_size at a time, by model.generation_config, made
+    by `sampling_settings`. It ends with its first stop id; one cut at max_new_tokens has none."""
     settings, completions = model.generation_config, []
     pad = partial(pad_sequence, batch_first=True, padding_side="left")  # completions start together
     bar = tqdm(unit="token", leave=False, disable=QUIET)
@@ -545,7 +543,7 @@ def training_state(student: Scorer, teacher: Scorer, optimizer: Any) -> dict[str
 
 def load_checkpoint(directory: Path, student: Scorer, teacher: Scorer, optimizer: Any) -> None:
     """Reads what `save` has written, on any number of ranks."""
-    with reading(f"{directory} (removed, --resume goes on from an older one)"):
+    with reading(directory, "can't be used, remove it to go on from an older one"):
         dcp.FileSystemReader(directory).read_metadata()  # a broken one, without torch's traceback
         dcp.load(training_state(student, teacher, optimizer), checkpoint_id=directory)
 
@@ -562,7 +560,7 @@ def save(directory: Path, tokenizer: Tokenizer, sampler: Model, student: Scorer,
             # not by save_pretrained(), which refuses some of those that are shipped
             settings.to_json_file(directory / "generation_config.json")
             if state:
-                shutil.copy(directory.parent / "run.json", directory)
+                (directory / "run.json").write_bytes((directory.parent / "run.json").read_bytes())
         if state:
             dcp.save(training_state(student, *state), checkpoint_id=directory)
         elif dist.get_rank() == 0:
