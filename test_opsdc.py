@@ -794,7 +794,7 @@ def test_only_an_unfinished_run_of_its_kind_is_resumed(monkeypatch, small_run, t
     config = json.loads((out / "run.json").read_text())["config"]
     old = {name: value for name, value in config.items() if name != "prompt"}
     newest, shards = out / "step-2" / ".metadata", out / "step-2" / "__0_0.distcp"
-    goes_on = f"{newest.parent} (removed, --resume goes on from an older one) can't be used"
+    goes_on = f"{newest.parent} can't be used, remove it to go on from an older one"
     for file, new, message in (
         (out / "run.json", "{", "run.json"),
         (out / "run.json", "", "run.json"),
