@@ -454,7 +454,7 @@ def sampling_settings(
     for model in models:
         name, sizes = model.name_or_path, model.config.get_text_config()
         fits = stop_ids and all(prompts) and max(map(max, [*prompts, stop_ids])) < sizes.vocab_size
-        require(fits, f"{name} has no token for its stop ids {stop_ids}, or for a word of a prompt")
+        require(fits, f"{name} lacks tokens of its prompts, or its stop ids {stop_ids[:3]}")
         room = getattr(sizes, "max_position_embeddings", None) or length
         require(length <= room, f"{name} has {room} positions, prompt + --max_new_tokens {length}")
     names = ("temperature", "top_p", "top_k", "max_new_tokens")
@@ -732,7 +732,8 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> list[tuple[Ids, Ids, C
         pair = prompt_pair(chat, config.instruction, config.prompt)
         with reading(f"a prompt for {config.model}"):
             x, x_c = encode_chats(tokenizer, [*pair])
-        require(config.teacher or x != x_c, "without a --teacher, equal prompts teach nothing")
+        fault = "equal prompts for student and teacher: look at --instruction and the chat template"
+        require(config.teacher or x != x_c, fault)
         if len(x_c) <= config.max_prompt_tokens:
             kept.append((x, x_c, pair[0]))
     fault = f"{config.data} has {len(kept)} problems within --max_prompt_tokens, below --batch_size"
@@ -769,11 +770,11 @@ def check_options(config: Config) -> None:
     require(config.refresh_share == 1 or not frozen, "--refresh_share needs --refresh_every")
     fault = f"--batch_size {config.batch_size} is no multiple of the processes"
     require(config.batch_size % dist.get_world_size() == 0, fault)
-    names = {path.name for path in Path(config.output_dir).expanduser().glob("*")}
-    unfinished = "run.json" in names and "finished" not in names
-    fault = "is not empty: choose another, or --resume an unfinished run"
-    allowed = not names or (config.resume and unfinished)
-    require(allowed, f"--output_dir {config.output_dir} {fault}")
+    output_dir = Path(config.output_dir).expanduser()
+    names = {path.name for path in output_dir.glob("*")}
+    unfinished = config.resume and "run.json" in names and "finished" not in names
+    fault = f"--output_dir {output_dir} is not empty: choose another, or --resume an unfinished run"
+    require(not (names or output_dir.is_file()) or unfinished, fault)
 
 
 def start_ranks(dtype: str) -> None:

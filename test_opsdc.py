@@ -1232,7 +1232,7 @@ WORDS = table("""toy {tmp}/no => no can't be used | toy toy => is named twice | 
 MODEL = table("""chat_template.jinja => "Why?" => leaves the problem out
     config.json => {"model_type": "t5"} => T5Config | model.safetensors => "" => deserializing
     config.json => {"model_type": "x", "auto_map": {"AutoConfig": "own.X"}} => model can't be used
-    generation_config.json => {"eos_token_id": 821} => no token for its stop ids""")
+    generation_config.json => {"eos_token_id": 821} => or its stop ids""")
 FAULTS += [(evaluation, "{tmp}/model", f"model/{f}", json.loads(new), e) for f, new, e in MODEL]
 FAULTS += [(evaluation, "toy", "model/data.jsonl", *row) for row in DATA]
 FAULTS += [(evaluation, "--responses={tmp}/r.jsonl", "r.jsonl", *row) for row in SAMPLES]
