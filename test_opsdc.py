@@ -355,7 +355,8 @@ def test_the_prompt_opens_the_assistants_turn_and_control_tokens_in_a_problem_ar
 def test_problems_of_math500_and_long_teacher_prompts_are_left_out(tmp_path, style):
     overlap = r"For how many real values of $x$ is $\sqrt{120 - \sqrt{x}}$ an integer?"
     problems = [overlap, f"{overlap} Why?", "short", "t" * 100, overlap.replace(" - ", "-")]
-    rows = [{"problem": problem} for problem in problems + problems[::-1]]  # each counts once
+    wrapped = f"{FIRST} {FORMAT}\n\nshort\n\n{REMEMBER}"  # as in DAPO-Math
+    rows = [{"problem": problem} for problem in [*problems, wrapped, *problems[::-1]]]  # once each
     data = write_rows(tmp_path / "data.jsonl", rows)
     pairs = [opsdc.prompt_pair(user(problem), "Be brief.", style) for problem in problems]
     prompts = [(*opsdc.encode_chats(TOKENIZER, list(pair)), pair[0]) for pair in pairs]
