@@ -38,7 +38,6 @@ import opsdc
 
 HERE = Path(__file__).parent
 TOY, SHARED = HERE / "toy", HERE.parent / "shared" / "data"
-OTHER_TOY = TOY / "teacher"  # of the toy's words
 logging.disable()  # pytest would keep logged errors, and with them the lock of the run they ended
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="real data not at hand")
 
@@ -48,9 +47,8 @@ def tiny_model(kind="qwen3", seed=0, **options):
     torch.manual_seed(seed)
     sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    tokens = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
-    options = sizes | tokens | {"initializer_range": 0.3} | options
-    config = AutoConfig.for_model(kind, **options)
+    sizes |= {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
+    config = AutoConfig.for_model(kind, **(sizes | {"initializer_range": 0.3} | options))
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -142,32 +140,32 @@ def group():
 # ---- Programs: the command line, in this process and in others -----------------------------------
 
 
-def call(program, *arguments, seam=()):
-    """Runs a program's command line in this process; returns exit code, output and error."""
-    out, err = io.StringIO(), io.StringIO()
+def call(program, *arguments, seam=(), code=0):
+    """Runs a program's command line in this process and asserts its exit code; returns its output,
+    or its error where the code is not 0."""
+    out, err, found = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)
         patch.setattr(sys, "argv", [program.__file__, *map(str, arguments)])
         patch.setattr(opsdc, "catch_signals", list)
         try:
-            code = program.main(*seam) or 0
+            program.main(*seam)
         except SystemExit as end:
-            code = end.code
+            found = end.code if isinstance(end.code, int) else print(end.code, file=err) or 1
     gc.collect()  # ends the lock of a run that an error has ended
     if dist.is_initialized():
         dist.destroy_process_group()
-    if isinstance(code, str):
-        print(code, file=err)
-    return code if isinstance(code, int) else 1, out.getvalue(), err.getvalue()
+    assert found == code, err.getvalue()
+    return err.getvalue() if code else out.getvalue()
 
 
 def refused(program, arguments, message, directory):
     """Asserts exit code 2, one line with all parts of the message, and nothing written."""
     before = contents(directory)
-    code, _, err = call(program, *arguments)
+    err = call(program, *arguments, code=2)
     start, line = f"{program.__name__}.py: error: ", err.strip().split("\n")[-1]
-    assert code == 2 and line.startswith(start) and err.count(start) == 1, err
+    assert line.startswith(start) and err.count(start) == 1, err
     assert all(part in line for part in message.split(" ... ")), line
     assert "Traceback" not in err and contents(directory) == before
 
@@ -176,19 +174,20 @@ SERVER = multiprocessing.get_context("forkserver")  # preloads what eval.py says
 os.environ["PYTHONPATH"] = str(HERE)  # for the server
 
 
-def start(program, *arguments, accidents=(), ranks=1):
-    """Runs a program in processes that have imported it; returns the first's exit code, output."""
+def start(program, *arguments, accidents=(), ranks=1, code=0):
+    """Runs a program in processes that have imported it and asserts the first one's exit code;
+    returns its output and error."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as directory:
-        outputs, processes = [Path(directory, str(rank)) for rank in range(ranks)], []
-        for output in outputs:
-            options = (output, program.__name__, [*map(str, arguments)], accidents, ranks, port)
-            processes.append(SERVER.Process(target=run_program, args=options))
-            processes[-1].start()
-        for process in processes:
-            process.join()
-        return processes[0].exitcode, outputs[0].read_text()
+        outputs = [Path(directory, str(rank)) for rank in range(ranks)]
+        options = program.__name__, [*map(str, arguments)], accidents, ranks, port
+        processes = [SERVER.Process(target=run_program, args=(o, *options)) for o in outputs]
+        [process.start() for process in processes]
+        [process.join() for process in processes]
+        said = outputs[0].read_text()
+    assert processes[0].exitcode == code, said
+    return said
 
 
 def run_program(output, name, arguments, accidents, ranks, port):
@@ -240,6 +239,7 @@ FIRST = "Solve the following math problem step by step."
 FORMAT = "The last line of your response should be of the form Answer: $Answer (without quotes) "
 FORMAT += "where $Answer is the answer to the problem."
 REMEMBER = 'Remember to put your answer on its own line after "Answer:".'
+PAPER = f"{FIRST} {FORMAT}\n\n{{}}\n\n{REMEMBER}"
 INSTRUCTIONS = {
     "v1": """Solve the following math problem concisely and correctly. Be direct: avoid unnecessary
         elaboration, redundant steps, or restating the problem. Focus only on the key reasoning
@@ -260,7 +260,7 @@ INSTRUCTIONS = {
 @pytest.mark.parametrize("instruction", INSTRUCTIONS)
 def test_prompts_are_the_papers(instruction):
     problem, c = "What is {1} + {opening}? ", " ".join(INSTRUCTIONS[instruction].split())
-    plain = f"{FIRST} {FORMAT}\n\n{problem}\n\n{REMEMBER}"
+    plain = PAPER.format(problem)
     pair = user(plain), user(f"{c}\n\n{FORMAT}\n\n{problem}\n\n{REMEMBER}")
     assert opsdc.prompt_pair(user(problem), instruction) == pair
     assert opsdc.prompt_pair(user(plain), instruction) == pair  # as DAPO-Math has it
@@ -355,8 +355,8 @@ def test_the_prompt_opens_the_assistants_turn_and_control_tokens_in_a_problem_ar
 def test_problems_of_math500_and_long_teacher_prompts_are_left_out(tmp_path, style):
     overlap = r"For how many real values of $x$ is $\sqrt{120 - \sqrt{x}}$ an integer?"
     problems = [overlap, f"{overlap} Why?", "short", "t" * 100, overlap.replace(" - ", "-")]
-    wrapped = f"{FIRST} {FORMAT}\n\nshort\n\n{REMEMBER}"  # as in DAPO-Math
-    rows = [{"problem": problem} for problem in [*problems, wrapped, *problems[::-1]]]  # once each
+    again = [PAPER.format("short"), *problems[::-1]]  # the first as in DAPO-Math
+    rows = [{"problem": problem} for problem in problems + again]
     data = write_rows(tmp_path / "data.jsonl", rows)
     pairs = [opsdc.prompt_pair(user(problem), "Be brief.", style) for problem in problems]
     prompts = [(*opsdc.encode_chats(TOKENIZER, list(pair)), pair[0]) for pair in pairs]
@@ -385,8 +385,7 @@ def test_real_tokenizer_real_vocabulary_real_problems(monkeypatch, tmp_path):
     data, some = f"{SHARED}/dapo_math_17k.parquet", f"{tmp_path}/some.parquet"
     opsdc.datasets.Dataset.from_list([*opsdc.load_rows(data)][:50]).to_parquet(some)
     options = [f"--model={model}", f"--data={some}", f"--output_dir={run}", "--steps=2"]
-    code, _, err = call(opsdc, *options, "--batch_size=2", "--max_new_tokens=8")
-    assert code == 0, err
+    call(opsdc, *options, "--batch_size=2", "--max_new_tokens=8")
     row, _ = read_rows(run / "metrics.jsonl")
     assert row["truncated"] == 1
     assert row["student_entropy"] == pytest.approx(math.log(151_936), rel=0.05)
@@ -568,26 +567,17 @@ def record(options, program=opsdc):
     seam = [lambda config: opsdc.train(config, recorder)] if program is opsdc else []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(opsdc, "rollout", recorder)
-        code, _, err = call(program, *flags, seam=seam)
-    assert code == 0, err
+        call(program, *flags, seam=seam)
     return calls
 
 
-@pytest.fixture(scope="module")
-def recorded(tiny, tmp_path_factory):
-    """A run in which no option has its default, and a step with another seed: the directory of the
-    first, its calls for completions, and the call of the second."""
-    assert all(value != getattr(opsdc.Config(), name) for name, value in OPTIONS.items())
-    run, other = (tmp_path_factory.mktemp("recorded") / name for name in ("run", "other"))
-    places = {"model": tiny, "data": tiny / "data.jsonl", "output_dir": run}
-    calls = record(OPTIONS | places)
-    return run, calls, *record(OPTIONS | places | {"seed": 8, "steps": 1, "output_dir": other})
-
-
-def test_a_run_is_algorithm_1_on_full_logits(tiny, recorded):
+def test_a_run_is_algorithm_1_on_full_logits(tiny, tmp_path):
     """By torch.optim and torch.distributions, with the run's completions but this file's prompts.
-    Another seed gives another order and other samples."""
-    output_dir, calls, other = recorded
+    No option has its default; another seed gives another order and other samples."""
+    assert all(value != getattr(opsdc.Config(), name) for name, value in OPTIONS.items())
+    run, places = tmp_path / "run", {"model": tiny, "data": tiny / "data.jsonl"}
+    calls = record(OPTIONS | places | {"output_dir": run})
+    (other,) = record(OPTIONS | places | {"seed": 8, "steps": 1, "output_dir": tmp_path / "other"})
     x, x_c = ([TURN.format(c + p) for p in PROBLEMS[:-1]] for c in ("", "Answer in a word.\n\n"))
     plain, told = (TOKENIZER(texts)["input_ids"] for texts in (x, x_c))
     student, teacher = (AutoModelForCausalLM.from_pretrained(tiny).eval() for _ in range(2))
@@ -613,7 +603,7 @@ def test_a_run_is_algorithm_1_on_full_logits(tiny, recorded):
         row["completion_tokens"] = sum(map(len, asked.completions)) / 4
         row["truncated"] = sum(y[-1] not in STOPS for y in asked.completions) / 4
         rows.append(row | dict(zip(STATISTICS, means.tolist(), strict=True)))
-    log, weights = outcome(output_dir)
+    log, weights = outcome(run)
     close([{name: row[name] for name in rows[0]} for row in log], rows, rtol=1e-4)
     close(weights, dict(student.state_dict()))
     completions = [y for asked in calls for y in asked.completions]
@@ -623,23 +613,20 @@ def test_a_run_is_algorithm_1_on_full_logits(tiny, recorded):
     assert len({asked.seed for asked in [*calls, other]}) == len(calls) + 1
     assert other.prompts != calls[0].prompts
 
-
-def test_a_runs_directory(recorded, tiny):
-    output_dir, *_ = recorded
     keys = "step loss completion_tokens truncated student_entropy teacher_entropy grad_norm "
     keys += "rollout_seconds update_seconds peak_gpu_gb refreshed"
-    metrics = read_rows(output_dir / "metrics.jsonl")
+    metrics = read_rows(run / "metrics.jsonl")
     assert all(set(row) == set(keys.split()) for row in metrics)
     for step in (1, 3, 5):  # the first, a saved one, the last: all four completions are kept
-        rows = read_rows(output_dir / f"rollouts-{step}.jsonl")
+        rows = read_rows(run / f"rollouts-{step}.jsonl")
         means = [sum(row["divergence"]) / len(row["tokens"]) for row in rows]
         assert sum(means) / 4 == pytest.approx(metrics[step - 1]["loss"], rel=1e-5)
-    assert {path.name for path in output_dir.glob("step-*")} == {"step-3"}
-    assert (output_dir / "finished").read_bytes() == b""
-    for directory in (output_dir, output_dir / "step-3"):
-        run = json.loads((directory / "run.json").read_text())
-        assert run["config"].items() >= OPTIONS.items()
-        assert run["versions"]["torch"] == torch.__version__
+    assert {path.name for path in run.glob("step-*")} == {"step-3"}
+    assert (run / "finished").read_bytes() == b""
+    for directory in (run, run / "step-3"):
+        written = json.loads((directory / "run.json").read_text())
+        assert written["config"].items() >= OPTIONS.items()
+        assert written["versions"]["torch"] == torch.__version__
         shipped, saved = (GenerationConfig.from_pretrained(path) for path in (tiny, directory))
         assert saved.to_diff_dict() == shipped.to_diff_dict()
         assert AutoTokenizer.from_pretrained(directory).chat_template == TOKENIZER.chat_template
@@ -658,16 +645,14 @@ def test_two_ranks_equal_one_and_each_resumes_the_other(monkeypatch, small_run, 
     monkeypatch.setenv("LC_ALL", "C")
     greedy = [*small_run, "--top_p=1e-6", "--steps=4", "--save_every=3", "--refresh_share=0.3"]
     one, two = tmp_path / "one", tmp_path / "zwölf 二"
-    code, said = start(opsdc, *greedy, "--offload=True", f"--output_dir={one}")
-    assert code == 0, said
+    start(opsdc, *greedy, "--offload=True", f"--output_dir={one}")
     torchrun(opsdc, *greedy, f"--output_dir={two}")
     expected = outcome(one)
     close(outcome(two), expected)
     for ranks, directory in ((2, one), (1, two)):
         before = read_rows(directory / "metrics.jsonl")
         (directory / "finished").unlink()  # as if it had not come so far
-        code, said = start(opsdc, *greedy, f"--output_dir={directory}", "--resume", ranks=ranks)
-        assert code == 0, said
+        start(opsdc, *greedy, f"--output_dir={directory}", "--resume", ranks=ranks)
         after = read_rows(directory / "metrics.jsonl")
         assert after[:3] == before[:3] and after[3] != before[3]  # by the times: one is redone
         close(outcome(directory), expected)
@@ -675,8 +660,9 @@ def test_two_ranks_equal_one_and_each_resumes_the_other(monkeypatch, small_run, 
     model, trim = shutil.copytree(tiny, tmp_path / "model"), ("content", "content | trim")
     change(model / "chat_template.jinja", TOKENIZER.chat_template.replace(*trim))  # one prompt
     run = [*small_run, f"--data={data}", f"--model={model}", f"--output_dir={tmp_path}/run"]
-    assert "--batch_size 1 is no multiple" in start(opsdc, *run, "--batch_size=1", ranks=2)[1]
-    assert start(opsdc, *run, "--batch_size=2", ranks=2)[0] == 0
+    said = start(opsdc, *run, "--batch_size=1", ranks=2, code=2)
+    assert "--batch_size 1 is no multiple" in said
+    start(opsdc, *run, "--batch_size=2", ranks=2)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert any(row["completion_tokens"] % 1 for row in rows)  # equal samples: a whole mean
 
@@ -690,7 +676,7 @@ def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_p
     """By kills, Ctrl-C, a closed terminal and full disks."""
     whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
     run = [*small_run, "--refresh_share=0.3"]
-    assert start(opsdc, *run, f"--output_dir={whole}")[0] == 0
+    start(opsdc, *run, f"--output_dir={whole}")
     disturbances = [  # accidents at calls; exit code, words, newest checkpoint, rows of the log
         ([(GENERATE, 2, KILL)], -9, "", 0, 1),
         ([FULL], 1, "step-2 can't be saved", 0, 2),
@@ -708,11 +694,11 @@ def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_p
         ([], 0, "", 6, 8),
     ]
     kept = {}
-    for accidents, expected, words, newest, rows in disturbances:
+    for accidents, code, words, newest, rows in disturbances:
         assert not (disturbed / "finished").exists()
         resume = [*run, f"--output_dir={disturbed}", "--resume"]
-        code, said = start(opsdc, *resume, accidents=accidents)
-        assert code == expected and words in said and "Traceback" not in said, said
+        said = start(opsdc, *resume, accidents=accidents, code=code)
+        assert words in said and "Traceback" not in said, said
         assert code not in (1, 130) or "--resume goes on" in said
         steps = {p.parent.name: contents(p.parent) for p in disturbed.glob("step-*/.metadata")}
         assert max((int(name[5:]) for name in steps), default=0) == newest
@@ -737,7 +723,7 @@ def test_every_rollout_ends_at_a_stop_id_of_model_teacher_or_tokenizer(tmp_path)
     model, run = shutil.copytree(TOY, tmp_path / "model"), tmp_path / "run"
     shipped = {"eos_token_id": 0, "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6}
     change(model / "generation_config.json", json.dumps(shipped))
-    other, same = (shutil.copytree(path, tmp_path / path.name) for path in (OTHER_TOY, TOY))
+    other, same = (shutil.copytree(path, tmp_path / path.name) for path in (TOY / "teacher", TOY))
     change(other / "generation_config.json", {"eos_token_id": [7]})
     flags = {"model": model, "data": TOY / "train.jsonl", "output_dir": run, "save_every": 1}
     flags |= {"batch_size": 4, "steps": 2, "max_new_tokens": 256, "refresh_every": 0}
@@ -761,9 +747,7 @@ def test_a_part_of_a_checkpoint_trains_and_says_so(tiny, small_run, tmp_path):
     weights = model.state_dict() | {"model.visual.x": torch.ones(2)}
     model.save_pretrained(path, state_dict=weights)
     run = [*small_run, f"--model={path}", "--steps=2", f"--output_dir={tmp_path}/run"]
-    code, said = start(opsdc, *run, "--dtype=bfloat16")
-    assert code == 0, said
-    line, *steps = said.strip().splitlines()
+    line, *steps = start(opsdc, *run, "--dtype=bfloat16").strip().splitlines()
     assert str(path) in line and "model.visual.x" in line
     assert [step[:7] for step in steps] == ["step 1:", "step 2:"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run")
@@ -775,7 +759,7 @@ def test_only_an_unfinished_run_of_its_kind_is_resumed(monkeypatch, small_run, t
     data = model / "data.jsonl"
     run = [*small_run, f"--model={model}", f"--data={data}", "--steps=3", "--save_every=1"]
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert call(opsdc, *run, "--output_dir=~/run")[0] == 0  # ~ is the home directory
+    call(opsdc, *run, "--output_dir=~/run")  # ~ is the home directory
     out, resume = tmp_path / "run", [*run, f"--output_dir={tmp_path}/run", "--resume"]
     refused(opsdc, resume, "finished run", out)
     (out / "finished").unlink()
@@ -801,12 +785,13 @@ def test_only_an_unfinished_run_of_its_kind_is_resumed(monkeypatch, small_run, t
         good = change(file, new)
         refused(opsdc, resume, message, out)
         if message == goes_on:  # torch says nothing beside it
-            assert start(opsdc, *resume)[1].count("\n") == 1
+            assert start(opsdc, *resume, code=2).count("\n") == 1
         change(file, good)
     newest.unlink()  # as if saving had been cut short
     day, before = Mock(), read_rows(out / "metrics.jsonl")
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", day)  # another one
-    assert call(opsdc, *resume, "--steps=4", "--save_every=0")[0] == 0 and day.now.called
+    call(opsdc, *resume, "--steps=4", "--save_every=0")
+    assert day.now.called
     after = read_rows(out / "metrics.jsonl")
     assert [row["step"] for row in after] == [1, 2, 3, 4]
     assert before[0] == after[0] and before[1] != after[1]  # by the times: step 2 is redone
@@ -972,11 +957,10 @@ def test_settings_reach_the_rollouts(asked, monkeypatch, tmp_path):
     run = [TOY, plain, TOY, plain, *arguments, "--seed=3", *prompts]
     with monkeypatch.context() as patch:  # a display that fails loses no sample
         patch.setattr(evaluation.tqdm, "update", Mock(side_effect=BrokenPipeError("closed")))
-        assert call(evaluation, *run)[0] == 1
+        call(evaluation, *run, code=1)
     monkeypatch.setattr(opsdc, "load_model", load := Mock(wraps=opsdc.load_model))
     assert len(read_rows(tmp_path / "run" / "samples-0.jsonl")) == 4
-    code, out, err = call(evaluation, *run)
-    assert code == 0, err
+    out = call(evaluation, *run)
     assert [loaded.args[0] for loaded in load.call_args_list] == [str(TOY), str(plain)]
     seeds = [seed for seed, *_ in asked]
     assert len(seeds) == 12 and len(set(seeds[:3])) == 3 and seeds == seeds[:3] * 4
@@ -995,16 +979,15 @@ def test_settings_reach_the_rollouts(asked, monkeypatch, tmp_path):
     asked.clear()
     write_rows(tmp_path / "run" / "samples-0.jsonl", rows[4:])  # the first batch is lost
     write_rows(tmp_path / "run" / "samples-7.jsonl", rows[8:16] * 2)  # and others lie there thrice
-    assert call(evaluation, *run)[:2] == (0, out)
+    assert call(evaluation, *run) == out
     assert [seed for seed, *_ in asked] == seeds[:1]
-    assert call(evaluation, TOY, *arguments, "--seed=4", f"--output_dir={tmp_path}/b")[0] == 0
+    call(evaluation, TOY, *arguments, "--seed=4", f"--output_dir={tmp_path}/b")
     assert not {seed for seed, *_ in asked[1:]} & set(seeds)
 
 
 def test_all_models_are_asked_in_one_style(asked, tmp_path):
     """That of the trained ones among them, or --prompt_style."""
     question = GSM8K[0]["question"]
-    paper = f"{FIRST} {FORMAT}\n\n{question}\n\n{REMEMBER}"
     boxed, plain = (shutil.copytree(TOY, tmp_path / style) for style in ("boxed", "plain"))
     change(plain / "run.json", '{"config": {"prompt": "plain"}}')
     change(boxed / "run.json", '{"config": {"prompt": "Box: {problem}"}}')
@@ -1012,14 +995,14 @@ def test_all_models_are_asked_in_one_style(asked, tmp_path):
     run += ["--data", write_rows(tmp_path / "sums.jsonl", GSM8K)]
     refused(evaluation, [boxed, plain, *run], "choose one --prompt_style", tmp_path)
     for models, style, text in (
-        ([TOY], "", paper),
+        ([TOY], "", PAPER.format(question)),
         ([TOY, boxed], "", f"Box: {question}"),
         ([plain, TOY], "", question),
         ([boxed, TOY, plain], "So, {problem}", f"So, {question}"),
     ):
         asked.clear()
         options = [f"--prompt_style={style}", f"--output_dir={tmp_path}/{len(text)}"]
-        assert call(evaluation, *models, *run, *options)[0] == 0
+        call(evaluation, *models, *run, *options)
         assert [texts for *_, texts in asked] == [[TURN.format(text)]] * len(models)
 
 
@@ -1033,8 +1016,7 @@ def test_rows_of_the_same_problem_are_its_samples(tmp_path):
         data = write_rows(tmp_path / "data.jsonl", [*rows, {"problem": "a", "answer": 1}])
         run = ["--data", data, "--samples=1", "--limit=10", f"--output_dir={tmp_path}/{k}"]
         run += ["--responses", write_rows(tmp_path / "responses.jsonl", texts)]
-        code, out, err = call(evaluation, *run)
-        assert code == 0 and "| 60.0 ± 32.0 |" in out, err
+        assert "| 60.0 ± 32.0 |" in call(evaluation, *run)
         assert len(read_rows(tmp_path / f"{k}/samples-0.jsonl")) == len(rows)
 
 
@@ -1052,8 +1034,7 @@ def test_the_report_says_what_its_rows_say(tmp_path):
         for row, y, length in zip(rows, responses, tokens[name], strict=True):
             row |= {"response": y, "tokens": length, "finished": y != cut}
         arguments.append(write_rows(tmp_path / f"{name}.jsonl", rows))
-    code, out, err = call(evaluation, *arguments, f"--output_dir={tmp_path}/run")
-    assert code == 0, err
+    out = call(evaluation, *arguments, f"--output_dir={tmp_path}/run")
     lines = [[c.strip() for c in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line]
     printed = [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -1088,13 +1069,12 @@ def test_an_interrupted_evaluation_ends_as_one_on_two_ranks(tmp_path):
     """Ctrl-C in a rollout, a kill before a batch is graded, then a row cut by hand."""
     one, two = tmp_path / "one", tmp_path / "two"
     run, records = [*EVALUATE, f"--output_dir={one}"], one / "samples-0.jsonl"
-    code, said = start(evaluation, *run, accidents=[("opsdc.rollout", 3, INT)])
-    assert code == 130 and "goes on where it stopped" in said and "Traceback" not in said, said
-    assert start(evaluation, *run, accidents=[("eval.grade", 4, KILL)])[0] == -9
+    said = start(evaluation, *run, accidents=[("opsdc.rollout", 3, INT)], code=130)
+    assert "goes on where it stopped" in said and "Traceback" not in said, said
+    start(evaluation, *run, accidents=[("eval.grade", 4, KILL)], code=-9)
     assert len(read_rows(records)) == 20
     change(records, records.read_bytes()[:-20])
-    code, said = start(evaluation, *run)
-    assert code == 0, said
+    start(evaluation, *run)
     torchrun(evaluation, *EVALUATE, f"--output_dir={two}")
     lines = [(two / f"samples-{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
     assert len(lines[0]) == len(lines[1]) == 16
@@ -1107,7 +1087,7 @@ def test_another_evaluation_in_the_same_place_is_refused(asked, tmp_path):
     model, out = shutil.copytree(TOY, tmp_path / "model"), tmp_path / "run"
     data = Path(write_rows(tmp_path / "sums.jsonl", [{**row, "level": 1} for row in GSM8K]))
     run = [model, f"--data={data}", "--samples=1", "--max_new_tokens=9", f"--output_dir={out}"]
-    assert call(evaluation, *run)[0] == 0
+    call(evaluation, *run)
     samples, count = contents(out)["samples-0.jsonl"], len(asked)
     held, weights = f"{out} holds an evaluation with", (model / "model.safetensors").read_bytes()
     refused(evaluation, [*run, "--temperature=0.7"], f"{held} temperature 0.6, not 0.7", out)
@@ -1121,8 +1101,8 @@ def test_another_evaluation_in_the_same_place_is_refused(asked, tmp_path):
         refused(evaluation, run, f"{held} {message}", out)
         change(file, good)
     change(data, data.read_text().replace('"level": 1', '"level": 2'))  # repaired
-    code, said, _ = call(evaluation, *run)
-    assert code == 0 and "| 2 |" in said and "| 1 |" not in said and len(asked) == count
+    said = call(evaluation, *run)
+    assert "| 2 |" in said and "| 1 |" not in said and len(asked) == count
     assert contents(out)["samples-0.jsonl"] == samples
     good = change(out / "settings.json", None)
     refused(evaluation, run, "has samples but no settings.json", out)
@@ -1154,8 +1134,8 @@ def test_an_error_ends_a_run_with_one_line_and_no_update(monkeypatch, small_run,
     ):
         with monkeypatch.context() as patch:
             patch.setattr(opsdc, name, instead)
-            code, _, err = call(opsdc, *small_run, f"--output_dir={tmp_path}/{name}")
-        assert code == 1 and re.search(message, err.strip().splitlines()[-1]), err
+            err = call(opsdc, *small_run, f"--output_dir={tmp_path}/{name}", code=1)
+        assert re.search(message, err.strip().splitlines()[-1]), err
         assert not (tmp_path / name / "model.safetensors").exists()
 
 
@@ -1254,5 +1234,4 @@ BENCHMARKS = table("""loss --tokens 40 --hidden 16 --vocabulary 900 --rounds 1 =
 def test_every_benchmark_runs_with_tiny_shapes(command, shown):
     from results import bench
 
-    code, out, err = call(bench, *command.format(TOY / "config.json").split())
-    assert code == 0 and shown in out, err
+    assert shown in call(bench, *command.format(TOY / "config.json").split())

@@ -98,17 +98,18 @@ def test_mixed_policy_holds_on_two_ranks_and_after_a_kill(flags, other, small_ru
     """With the larger teacher of the first this is opsdc.py's test of --teacher, too."""
     run = [*small_run, *flags.format(other=other).split(), "--steps=4", "--top_p=1e-6"]  # greedy
     whole, killed, two = (tmp_path / name for name in ("whole", "killed", "two"))
-    assert start(mpd, *run, f"--output_dir={whole}")[0] == 0
+    start(mpd, *run, f"--output_dir={whole}")
     resume = [*run, f"--output_dir={killed}", "--resume"]
-    assert start(mpd, *resume, accidents=[("opsdc.clip_gradients", 4, KILL)])[0] == -9
-    assert start(mpd, *resume)[0] == 0
+    start(mpd, *resume, accidents=[("opsdc.clip_gradients", 4, KILL)], code=-9)
+    start(mpd, *resume)
     close(outcome(killed), outcome(whole), atol=0, rtol=0)
-    assert start(mpd, *run, f"--output_dir={two}", ranks=2)[0] == 0
+    start(mpd, *run, f"--output_dir={two}", ranks=2)
     close(outcome(two), outcome(whole))
     log, *others = (read_rows(path / "rewrites.jsonl") for path in (whole, killed, two))
     assert [row["step"] for row in log] == [1, 2, 3, 4] and others == [log, log]
 
 
 def test_a_rewriter_without_room_for_rollout_and_rewrite_is_refused(small_run, tmp_path):
-    code, _, err = call(mpd, *small_run, "--max_new_tokens=16330", f"--output_dir={tmp_path}/run")
-    assert code == 2 and "has 32768 positions" in err and not (tmp_path / "run").exists()
+    flags = "--max_new_tokens=16330", f"--output_dir={tmp_path}/run"
+    assert "has 32768 positions" in call(mpd, *small_run, *flags, code=2)
+    assert not (tmp_path / "run").exists()
