@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -58,8 +59,7 @@ def by_the_book(student, teacher, triples, kind):
     means, rows = [], min(model.config.vocab_size for model in (student, teacher))
     for x, x_c, y in triples:
         z = student(torch.tensor([x + y])).logits[0, len(x) - 1 : -1, :rows]
-        with torch.no_grad():
-            z_c = teacher(torch.tensor([x_c + y])).logits[0, len(x_c) - 1 : -1, :rows]
+        z_c = teacher(torch.tensor([x_c + y])).logits[0, len(x_c) - 1 : -1, :rows].detach()
         q, p = Categorical(logits=z), Categorical(logits=z_c)
         m = Categorical(probs=(q.probs + p.probs) / 2)
         nats = {"reverse_kl": kl_divergence(q, p), "forward_kl": kl_divergence(p, q)}
@@ -92,12 +92,9 @@ def contents(directory):
 def change(path, new):
     """Replaces a file by a text, bytes or keys of its JSON; None removes it. Returns the old."""
     before = path.read_bytes() if path.exists() else None
-    if isinstance(new, dict):
-        new = json.dumps(json.loads(before) | new)
-    if new is None:
-        path.unlink()
-    else:
-        path.write_bytes(new.encode() if isinstance(new, str) else new)
+    new = json.dumps(json.loads(before) | new) if isinstance(new, dict) else new
+    new = new.encode() if isinstance(new, str) else new
+    path.unlink() if new is None else path.write_bytes(new)
     return before
 
 
@@ -135,9 +132,6 @@ def group():
     opsdc.start_ranks("float32")
     yield
     dist.destroy_process_group()
-
-
-# ---- Programs: the command line, in this process and in others -----------------------------------
 
 
 def call(program, *arguments, seam=(), code=0):
@@ -191,7 +185,6 @@ def start(program, *arguments, accidents=(), ranks=1, code=0):
 
 
 def run_program(output, name, arguments, accidents, ranks, port):
-    """The target of `start`."""
     descriptor = os.open(output, os.O_CREAT | os.O_WRONLY)
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
     if ranks > 1:
@@ -205,17 +198,14 @@ def run_program(output, name, arguments, accidents, ranks, port):
 
 
 def happen_before(name, number, accident):
-    """Makes the n-th call of a function begin with a signal or a full disk."""
+    """Makes the n-th call of a function begin with a signal or another accident."""
     module, _, name = name.rpartition(".")
     module, calls = pkgutil.resolve_name(module), itertools.count(1)
     function = getattr(module, name)
 
     def wrapped(*arguments, **options):
         if next(calls) == number:
-            if accident == "full disk":  # a limit on the size of a file stands in for it
-                resource.setrlimit(resource.RLIMIT_FSIZE, (9999, -1))
-            else:
-                os.kill(os.getpid(), accident)
+            accident() if callable(accident) else os.kill(os.getpid(), accident)
         return function(*arguments, **options)
 
     setattr(module, name, wrapped)
@@ -262,19 +252,18 @@ def test_prompts_are_the_papers(instruction):
     problem, c = "What is {1} + {opening}? ", " ".join(INSTRUCTIONS[instruction].split())
     plain = PAPER.format(problem)
     pair = user(plain), user(f"{c}\n\n{FORMAT}\n\n{problem}\n\n{REMEMBER}")
-    assert opsdc.prompt_pair(user(problem), instruction) == pair
-    assert opsdc.prompt_pair(user(plain), instruction) == pair  # as DAPO-Math has it
     assert opsdc.prompt_pair(user(problem), "none") == (pair[0], pair[0])
     chat = [{"role": "system", "content": "Be kind."}, *user("Hi"), {"role": "assistant"}]
     boxed = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
     own = "{problem} Again: {problem}"
-    for style, text in (("plain", "{problem}"), ("boxed", boxed), (own, own)):
-        for asked in (problem, plain):  # only `plain` keeps the words around it
+    for asked in (problem, plain):  # the second as DAPO-Math has it
+        assert opsdc.prompt_pair(user(asked), instruction) == pair
+        after = tuple([*chat, *turn] for turn in pair)
+        assert opsdc.prompt_pair([*chat, *user(asked)], instruction) == after
+        for style, text in (("plain", "{problem}"), ("boxed", boxed), (own, own)):
             asks = text.replace("{problem}", asked if style == "plain" else problem)
             x, x_c = opsdc.prompt_pair([*chat, *user(asked)], instruction, style)
             assert x == [*chat, *user(asks)] and x_c == [*chat, *user(f"{c}\n\n{asks}")]
-    x, x_c = opsdc.prompt_pair([*chat, *user(problem)], instruction)
-    assert (x, x_c) == ([*chat, *pair[0]], [*chat, *pair[1]])
 
 
 def test_defaults_are_the_papers():
@@ -285,45 +274,39 @@ def test_defaults_are_the_papers():
     assert {f"{n}={v}" for n, v in vars(opsdc.Config()).items()} >= {*paper.split()}
 
 
-def test_problems_and_answers_are_read_as_written(tmp_path):
+def test_problems_and_answers_are_read_as_written_from_files_of_every_kind(tmp_path):
     text, turns = "What is $1+1$?\u2028 ", [{"role": "system", "content": "Hm."}, *user("1+1?")]
+    parts = [{"type": "text", "text": text} for text in ("7 + ", "8?")]
     forms = [  # rows, chats, answers as texts
         ({"problem": text, "prompt": "no", "answer": 0.5}, user(text), "0.5"),
         ({"problem": text, "answer": "2024-01-31", "level": 3}, user(text), "2024-01-31"),
         ({"question": text, "answer": "6 * 12 = <<6*12=72>>72.\n#### 72"}, user(text), "72"),
         ({"question": text, "answer": "#### 1,000"}, user(text), "1,000"),
         ({"prompt": turns, "reward_model": {"ground_truth": "1/2"}}, turns, "1/2"),
+        ({"problem": None, "question": "7 + 8?", "prompt": "", "answer": 15}, user("7 + 8?"), "15"),
+        ({"prompt": user(parts), "answer": 15}, user("7 + 8?"), "15"),
         ({"prompt": turns, "answer": int("123456789" * 4)}, turns, "123456789" * 4),
     ]
-    texts = [(f"data[1].{end}", part) for end in ("jsonl", "json") for part in (forms, forms[:3])]
-    for name, part in texts + [("data[1].parquet", [form] * 2) for form in forms[:-1]]:
-        path, rows = tmp_path / name, [row for row, _, _ in part]  # [1] is a pattern to datasets
-        if path.suffix == ".parquet":
-            opsdc.datasets.Dataset.from_list(rows).to_parquet(path)
-        elif path.suffix == ".json":
-            path.write_text(json.dumps(rows, indent=1))
-        else:
-            write_rows(path, rows)
+    lines = [json.dumps(row, ensure_ascii=False) for row, _, _ in forms]
+    names = "a[1].jsonl", "A.JSONL", "a[1].json"  # [1] is a pattern to datasets
+    texts = [(name, "\n".join(lines[:n]), forms[:n]) for name in names for n in (8, 3)]
+    texts += [("a[1].json", json.dumps([row for row, _, _ in forms], indent=1), forms)]
+    cells = "answer,problem,question\n015,,7 + 8?\n015,7 + 8?,"  # 015 stays a text
+    texts += [(name, cells, [({}, user("7 + 8?"), "015")] * 2) for name in ("a[1].csv", "A.Csv")]
+    packings = {"": bytes, ".gz": gzip.compress, ".GZ": gzip.compress}.items()
+    ways, files = [*itertools.product(packings, ("", "\ufeff"))], []
+    for (name, whole, part), ((end, pack), mark) in itertools.product(texts, ways):
+        files += [(f"{name}{end}", pack(f"{mark}{whole}\n\n".encode()), part)]
+    for form in forms[:-1]:
+        opsdc.datasets.Dataset.from_list([form[0]] * 2).to_parquet(file := io.BytesIO())
+        files += [("a[1].parquet", file.getvalue(), [form] * 2)]
+    for name, content, part in files:
+        (path := tmp_path / name).write_bytes(content)
         os.utime(path, (0, 0))  # a changed file of the same age is read anew
         found = evaluation.load_problems(str(path), limit=0)
         assert [(p["chat"], p["answer"]) for p in found] == [form[1:] for form in part]
-        assert [p["level"] for p in found] == [row.get("level") for row in rows]
-        assert {p["benchmark"] for p in found} == {"data[1]"}
-
-
-def test_problems_are_read_from_files_of_every_kind(tmp_path):
-    parts = [{"type": "text", "text": text} for text in ("7 + ", "8?")]
-    rows = '{"problem": null, "question": "7 + 8?", "prompt": ""}\n'
-    rows += json.dumps({"prompt": [{"role": "user", "content": parts}]})
-    cells = "answer,problem,question\n015,,7 + 8?\n015,7 + 8?,"
-    files = {"a.JSONL": rows, "a.json": rows, "a[1].csv": cells, "A.Csv": cells}.items()
-    packings = {"": bytes, ".gz": gzip.compress, ".GZ": gzip.compress}.items()
-    for (name, text), (end, pack), mark in itertools.product(files, packings, ("", "\ufeff")):
-        path = tmp_path / f"{name}{end}"
-        path.write_bytes(pack(f"{mark}{text}\n\n".encode()))
-        found = list(opsdc.load_rows(str(path)))
-        assert [*map(opsdc.read_chat, found)] == [user("7 + 8?")] * 2
-        assert all(row.get("answer", "015") == "015" for row in found)  # a text, no number
+        assert [p["level"] for p in found] == [row.get("level") for row, _, _ in part]
+        assert {p["benchmark"] for p in found} == {path.stem}
 
 
 def test_configurations_and_splits_of_a_dataset(tmp_path):
@@ -403,8 +386,7 @@ def test_real_tokenizer_real_vocabulary_real_problems(monkeypatch, tmp_path):
 
 
 def test_rollouts_follow_the_students_own_distribution_behind_padding():
-    """Frequencies of the first token against softmax of an unpadded forward, by chi-square; top-k 1
-    and the other settings that the model ships must not reach a rollout."""
+    """By chi-square of the first token. What the model ships, top-k 1, must not reach a rollout."""
     model, count, prompts = tiny_model(initializer_range=0.15), 20_000, [[4, 5, 4], [*range(6, 12)]]
     shipped = {"top_k": 1, "temperature": 0.6, "repetition_penalty": 2.0}
     model.generation_config = GenerationConfig(eos_token_id=[1, 2], **shipped)
@@ -413,8 +395,7 @@ def test_rollouts_follow_the_students_own_distribution_behind_padding():
     torch.manual_seed(0)
     completions = opsdc.rollout(model, prompts * (count // 2), count // 2)
     for i, prompt in enumerate(prompts):
-        with torch.no_grad():
-            expected = model(torch.tensor([prompt])).logits[0, -1].softmax(-1) * (count / 2)
+        expected = model(torch.tensor([prompt])).logits[0, -1].detach().softmax(-1) * (count / 2)
         seen = torch.bincount(torch.tensor([y[0] for y in completions[i::2]]), minlength=60)
         chi_square = ((seen - expected) ** 2 / expected).sum()
         assert chi_square < 59 + 5 * math.sqrt(2 * 59)  # five standard deviations, 59 degrees
@@ -427,7 +408,6 @@ def test_align_on_the_example_of_its_docstring():
 
 
 def test_losses_of_distributions_far_apart_are_finite():
-    """One token against another, 300 nats apart."""
     for kind, nats in {"reverse_kl": 300, "forward_kl": 300, "jsd": math.log(2)}.items():
         q_states, p_states = (torch.eye(4) * 300).requires_grad_(), torch.eye(4).roll(1, 0) * 300
         inputs = (q_states, torch.eye(4), p_states, torch.eye(4), torch.full((4,), 0.25), kind)
@@ -453,7 +433,6 @@ def gradients_of(model, loss):
 @pytest.mark.parametrize("heads", [(60, 60), (60, 64), (64, 60)])  # rows; some only pad
 @pytest.mark.parametrize("chunk", [7, 4, 1000])  # of 17 positions
 def test_loss_and_gradients_equal_autograd(monkeypatch, kind, family, tied, heads, chunk):
-    """A padded batch against full logits of one unpadded forward pass each."""
     monkeypatch.setattr(opsdc, "CHUNK", chunk)
     models = [tiny_model(family, n, tie_word_embeddings=tied, vocab_size=n) for n in heads]
     scorers = [opsdc.Scorer(model) for model in models]
@@ -582,8 +561,7 @@ def test_a_run_is_algorithm_1_on_full_logits(tiny, tmp_path):
     plain, told = (TOKENIZER(texts)["input_ids"] for texts in (x, x_c))
     student, teacher = (AutoModelForCausalLM.from_pretrained(tiny).eval() for _ in range(2))
     adamw = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.3)
-    rows = []
-    batches = zip(calls, opsdc.batches(plain, 4, 7), strict=False)
+    rows, batches = [], zip(calls, opsdc.batches(plain, 4, 7), strict=False)
     for step, (asked, batch) in enumerate(batches, 1):
         row = {"step": step, "refreshed": step in (2, 4)}
         if row["refreshed"]:
@@ -669,11 +647,10 @@ def test_two_ranks_equal_one_and_each_resumes_the_other(monkeypatch, small_run, 
 
 INT, TERM, HUP, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL
 GENERATE, SAVE = "transformers.GenerationMixin.generate", "opsdc.Model.save_pretrained"
-FULL = (GENERATE, 1, "full disk")
+FULL = (GENERATE, 1, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (9999, -1)))  # a full disk
 
 
 def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_path):
-    """By kills, Ctrl-C, a closed terminal and full disks."""
     whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
     run = [*small_run, "--refresh_share=0.3"]
     start(opsdc, *run, f"--output_dir={whole}")
@@ -840,10 +817,8 @@ def test_math500_solutions_against_their_own_and_other_answers(grade):
     assert [len(math500), *map(len, aime)] == [500, 30, 30]
     layout = r"^\w\s*=|\\(?:left|right|text|mbox|[!,;])|\\[dt](?=frac)|\^\\circ|[\s{}$]"
     alike = [re.sub(layout, "", row["answer"]) for row in problems]
-    others = [
-        next(problems[k % 500] for k in range(i + 1, i + 500) if alike[k % 500] != alike[i])
-        for i in range(500)
-    ]
+    round_twice = list(zip(alike, problems, strict=True)) * 2
+    others = [next(p for a, p in round_twice[i:] if a != alike[i]) for i in range(500)]
     lines = [f"**Answer:** {row['answer']}" for row in problems]  # 109: as the paper's own scorer
     for responses, unread in (([row["solution"] for row in problems], 0), (lines, 109)):
         own = grade((y, row["answer"]) for y, row in zip(responses, problems, strict=True))
@@ -853,19 +828,17 @@ def test_math500_solutions_against_their_own_and_other_answers(grade):
 
 
 def test_faults_of_the_papers_scorer_are_in_dual_and_not_in_final(grade):
+    """Response => for a careful reader => by the paper's scorer, which reads a box on the line of a
+    first `Answer:`, and the last number of a response that was cut off."""
+    rows = r"""<think>maybe \boxed{12}</think> Answer: 13 => 13 => 12, 13
+        <think>so there are 3 groups of 14 => => 14 | Answer: 4\sqrt{2} => 4\sqrt{2} => 4, 4\sqrt{2}
+        Answer: 17¶¶No: \boxed{18} => 18 => 17, 18 | \boxed{18}¶¶Answer: 17 => 17 => 17, 18
+        $x$ Answer: 17 ... \boxed{18} => 18 => 18 | Answer: 16¶$y$ Answer: 17 => 17 => 17"""
     golds = ["4", "12", "13", "14", "17", "18", r"4\sqrt{2}"]
-    for response, answer, accepted in (
-        (r"<think>maybe \boxed{12}</think> Answer: 13", "13", ["12", "13"]),
-        ("<think>so there are 3 groups of 14", None, ["14"]),  # cut off: the last number
-        (r"Answer: 4\sqrt{2}", r"4\sqrt{2}", ["4", r"4\sqrt{2}"]),
-        ("Answer: 17\n\nNo: \\boxed{18}", "18", ["17", "18"]),
-        ("\\boxed{18}\n\nAnswer: 17", "17", ["17", "18"]),
-        (r"$x$ Answer: 17 ... \boxed{18}", "18", ["18"]),  # on one line, path 1 has the box
-        ("Answer: 16\n$y$ Answer: 17", "17", ["17"]),
-    ):
+    for response, *expected in table(rows):
         found = dict(zip(golds, grade((response, gold) for gold in golds), strict=True))
-        assert [gold for gold in golds if found[gold]["dual"]] == accepted
-        assert [gold for gold in golds if found[gold]["final"]] == [answer] * (answer is not None)
+        accepted = [[gold for gold in golds if found[gold][v]] for v in ("final", "dual")]
+        assert [*map(", ".join, accepted)] == expected
 
 
 def test_final_reads_the_answer_stated_last(grade):
@@ -1021,7 +994,6 @@ def test_rows_of_the_same_problem_are_its_samples(tmp_path):
 
 
 def test_the_report_says_what_its_rows_say(tmp_path):
-    """Two files of responses, three problems at two levels, two samples each."""
     levels = {"a": "hard", "b": "easy", "c": "hard"}
     data = [{"id": i, "problem": i, "answer": "x+7", "level": level} for i, level in levels.items()]
     right, boxed, cut = "Answer: $x+7$", "$\\boxed{x+7}$\n\nAnswer: 3", "<think>Answer: $x+7$"
@@ -1029,10 +1001,9 @@ def test_the_report_says_what_its_rows_say(tmp_path):
     texts |= {"new": [right, right, cut, "no", right, boxed]}
     tokens = {"base": [10, 30, 20, 40, 60, 80], "new": [5, 15, 20, 10, 20, 50]}
     arguments = ["--data", write_rows(tmp_path / "data.jsonl", data), "--samples=2", "--responses"]
-    for name, responses in texts.items():
-        rows = [{"id": i} for i in "aabbcc"]
-        for row, y, length in zip(rows, responses, tokens[name], strict=True):
-            row |= {"response": y, "tokens": length, "finished": y != cut}
+    for name in texts:
+        samples = zip("aabbcc", texts[name], tokens[name], strict=True)
+        rows = [{"id": i, "response": y, "tokens": n, "finished": y != cut} for i, y, n in samples]
         arguments.append(write_rows(tmp_path / f"{name}.jsonl", rows))
     out = call(evaluation, *arguments, f"--output_dir={tmp_path}/run")
     lines = [[c.strip() for c in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line]
@@ -1066,7 +1037,6 @@ EVALUATE += ["--limit=8", "--max_new_tokens=64", "--batch_size=4"]
 
 
 def test_an_interrupted_evaluation_ends_as_one_on_two_ranks(tmp_path):
-    """Ctrl-C in a rollout, a kill before a batch is graded, then a row cut by hand."""
     one, two = tmp_path / "one", tmp_path / "two"
     run, records = [*EVALUATE, f"--output_dir={one}"], one / "samples-0.jsonl"
     said = start(evaluation, *run, accidents=[("opsdc.rollout", 3, INT)], code=130)
