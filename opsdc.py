@@ -723,7 +723,7 @@ def load_prompts(config: Config, tokenizer: Tokenizer) -> list[tuple[Ids, Ids, C
     for number, row in enumerate(tqdm(load_rows(config.data), "rows", disable=QUIET), 1):
         with reading(f"{config.data}, row {number}"):
             chat = read_chat(row)
-        chats[json.dumps(chat)] = chat
+        chats.setdefault(json.dumps(prompt_pair(chat, "none")[0]), chat)  # wrapped or not: once
     require(chats, f"{config.data} has no rows")
     kept = []
     for chat in tqdm(chats.values(), "prompts", disable=QUIET):

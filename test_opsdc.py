@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -38,7 +39,6 @@ import opsdc
 
 HERE = Path(__file__).parent
 TOY, SHARED = HERE / "toy", HERE.parent / "shared" / "data"
-OTHER_TOY = TOY / "teacher"  # of the toy's words
 logging.disable()  # pytest would keep logged errors, and with them the lock of the run they ended
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="real data not at hand")
 
@@ -48,9 +48,8 @@ def tiny_model(kind="qwen3", seed=0, **options):
     torch.manual_seed(seed)
     sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    tokens = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
-    options = sizes | tokens | {"initializer_range": 0.3} | options
-    config = AutoConfig.for_model(kind, **options)
+    sizes |= {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": None}
+    config = AutoConfig.for_model(kind, **(sizes | {"initializer_range": 0.3} | options))
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -60,8 +59,7 @@ def by_the_book(student, teacher, triples, kind):
     means, rows = [], min(model.config.vocab_size for model in (student, teacher))
     for x, x_c, y in triples:
         z = student(torch.tensor([x + y])).logits[0, len(x) - 1 : -1, :rows]
-        with torch.no_grad():
-            z_c = teacher(torch.tensor([x_c + y])).logits[0, len(x_c) - 1 : -1, :rows]
+        z_c = teacher(torch.tensor([x_c + y])).logits[0, len(x_c) - 1 : -1, :rows].detach()
         q, p = Categorical(logits=z), Categorical(logits=z_c)
         m = Categorical(probs=(q.probs + p.probs) / 2)
         nats = {"reverse_kl": kl_divergence(q, p), "forward_kl": kl_divergence(p, q)}
@@ -94,12 +92,9 @@ def contents(directory):
 def change(path, new):
     """Replaces a file by a text, bytes or keys of its JSON; None removes it. Returns the old."""
     before = path.read_bytes() if path.exists() else None
-    if isinstance(new, dict):
-        new = json.dumps(json.loads(before) | new)
-    if new is None:
-        path.unlink()
-    else:
-        path.write_bytes(new.encode() if isinstance(new, str) else new)
+    new = json.dumps(json.loads(before) | new) if isinstance(new, dict) else new
+    new = new.encode() if isinstance(new, str) else new
+    path.unlink() if new is None else path.write_bytes(new)
     return before
 
 
@@ -139,35 +134,32 @@ def group():
     dist.destroy_process_group()
 
 
-# ---- Programs: the command line, in this process and in others -----------------------------------
-
-
-def call(program, *arguments, seam=()):
-    """Runs a program's command line in this process; returns exit code, output and error."""
-    out, err = io.StringIO(), io.StringIO()
+def call(program, *arguments, seam=(), code=0):
+    """Runs a program's command line in this process and asserts its exit code; returns its output,
+    or its error where the code is not 0."""
+    out, err, found = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
         patch.setattr(sys, "stderr", err)
         patch.setattr(sys, "argv", [program.__file__, *map(str, arguments)])
         patch.setattr(opsdc, "catch_signals", list)
         try:
-            code = program.main(*seam) or 0
+            program.main(*seam)
         except SystemExit as end:
-            code = end.code
+            found = end.code if isinstance(end.code, int) else print(end.code, file=err) or 1
     gc.collect()  # ends the lock of a run that an error has ended
     if dist.is_initialized():
         dist.destroy_process_group()
-    if isinstance(code, str):
-        print(code, file=err)
-    return code if isinstance(code, int) else 1, out.getvalue(), err.getvalue()
+    assert found == code, err.getvalue()
+    return err.getvalue() if code else out.getvalue()
 
 
 def refused(program, arguments, message, directory):
     """Asserts exit code 2, one line with all parts of the message, and nothing written."""
     before = contents(directory)
-    code, _, err = call(program, *arguments)
+    err = call(program, *arguments, code=2)
     start, line = f"{program.__name__}.py: error: ", err.strip().split("\n")[-1]
-    assert code == 2 and line.startswith(start) and err.count(start) == 1, err
+    assert line.startswith(start) and err.count(start) == 1, err
     assert all(part in line for part in message.split(" ... ")), line
     assert "Traceback" not in err and contents(directory) == before
 
@@ -176,23 +168,23 @@ SERVER = multiprocessing.get_context("forkserver")  # preloads what eval.py says
 os.environ["PYTHONPATH"] = str(HERE)  # for the server
 
 
-def start(program, *arguments, accidents=(), ranks=1):
-    """Runs a program in processes that have imported it; returns the first's exit code, output."""
+def start(program, *arguments, accidents=(), ranks=1, code=0):
+    """Runs a program in processes that have imported it and asserts the first one's exit code;
+    returns its output and error."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as directory:
-        outputs, processes = [Path(directory, str(rank)) for rank in range(ranks)], []
-        for output in outputs:
-            options = (output, program.__name__, [*map(str, arguments)], accidents, ranks, port)
-            processes.append(SERVER.Process(target=run_program, args=options))
-            processes[-1].start()
-        for process in processes:
-            process.join()
-        return processes[0].exitcode, outputs[0].read_text()
+        outputs = [Path(directory, str(rank)) for rank in range(ranks)]
+        options = program.__name__, [*map(str, arguments)], accidents, ranks, port
+        processes = [SERVER.Process(target=run_program, args=(o, *options)) for o in outputs]
+        [process.start() for process in processes]
+        [process.join() for process in processes]
+        said = outputs[0].read_text()
+    assert processes[0].exitcode == code, said
+    return said
 
 
 def run_program(output, name, arguments, accidents, ranks, port):
-    """The target of `start`."""
     descriptor = os.open(output, os.O_CREAT | os.O_WRONLY)
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
     if ranks > 1:
@@ -202,21 +194,18 @@ def run_program(output, name, arguments, accidents, ranks, port):
     for accident in accidents:
         happen_before(*accident)
     sys.argv = [name, *arguments]
-    sys.modules[name].main()
+    pkgutil.resolve_name(name).main()
 
 
 def happen_before(name, number, accident):
-    """Makes the n-th call of a function begin with a signal or a full disk."""
+    """Makes the n-th call of a function begin with a signal or another accident."""
     module, _, name = name.rpartition(".")
     module, calls = pkgutil.resolve_name(module), itertools.count(1)
     function = getattr(module, name)
 
     def wrapped(*arguments, **options):
         if next(calls) == number:
-            if accident == "full disk":  # a limit on the size of a file stands in for it
-                resource.setrlimit(resource.RLIMIT_FSIZE, (9999, -1))
-            else:
-                os.kill(os.getpid(), accident)
+            accident() if callable(accident) else os.kill(os.getpid(), accident)
         return function(*arguments, **options)
 
     setattr(module, name, wrapped)
@@ -240,6 +229,7 @@ FIRST = "Solve the following math problem step by step."
 FORMAT = "The last line of your response should be of the form Answer: $Answer (without quotes) "
 FORMAT += "where $Answer is the answer to the problem."
 REMEMBER = 'Remember to put your answer on its own line after "Answer:".'
+PAPER = f"{FIRST} {FORMAT}\n\n{{}}\n\n{REMEMBER}"
 INSTRUCTIONS = {
     "v1": """Solve the following math problem concisely and correctly. Be direct: avoid unnecessary
         elaboration, redundant steps, or restating the problem. Focus only on the key reasoning
@@ -260,21 +250,20 @@ INSTRUCTIONS = {
 @pytest.mark.parametrize("instruction", INSTRUCTIONS)
 def test_prompts_are_the_papers(instruction):
     problem, c = "What is {1} + {opening}? ", " ".join(INSTRUCTIONS[instruction].split())
-    plain = f"{FIRST} {FORMAT}\n\n{problem}\n\n{REMEMBER}"
+    plain = PAPER.format(problem)
     pair = user(plain), user(f"{c}\n\n{FORMAT}\n\n{problem}\n\n{REMEMBER}")
-    assert opsdc.prompt_pair(user(problem), instruction) == pair
-    assert opsdc.prompt_pair(user(plain), instruction) == pair  # as DAPO-Math has it
     assert opsdc.prompt_pair(user(problem), "none") == (pair[0], pair[0])
     chat = [{"role": "system", "content": "Be kind."}, *user("Hi"), {"role": "assistant"}]
     boxed = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
     own = "{problem} Again: {problem}"
-    for style, text in (("plain", "{problem}"), ("boxed", boxed), (own, own)):
-        for asked in (problem, plain):  # only `plain` keeps the words around it
+    for asked in (problem, plain):  # the second as DAPO-Math has it
+        assert opsdc.prompt_pair(user(asked), instruction) == pair
+        after = tuple([*chat, *turn] for turn in pair)
+        assert opsdc.prompt_pair([*chat, *user(asked)], instruction) == after
+        for style, text in (("plain", "{problem}"), ("boxed", boxed), (own, own)):
             asks = text.replace("{problem}", asked if style == "plain" else problem)
             x, x_c = opsdc.prompt_pair([*chat, *user(asked)], instruction, style)
             assert x == [*chat, *user(asks)] and x_c == [*chat, *user(f"{c}\n\n{asks}")]
-    x, x_c = opsdc.prompt_pair([*chat, *user(problem)], instruction)
-    assert (x, x_c) == ([*chat, *pair[0]], [*chat, *pair[1]])
 
 
 def test_defaults_are_the_papers():
@@ -285,45 +274,39 @@ def test_defaults_are_the_papers():
     assert {f"{n}={v}" for n, v in vars(opsdc.Config()).items()} >= {*paper.split()}
 
 
-def test_problems_and_answers_are_read_as_written(tmp_path):
+def test_problems_and_answers_are_read_as_written_from_files_of_every_kind(tmp_path):
     text, turns = "What is $1+1$?\u2028 ", [{"role": "system", "content": "Hm."}, *user("1+1?")]
+    parts = [{"type": "text", "text": text} for text in ("7 + ", "8?")]
     forms = [  # rows, chats, answers as texts
         ({"problem": text, "prompt": "no", "answer": 0.5}, user(text), "0.5"),
         ({"problem": text, "answer": "2024-01-31", "level": 3}, user(text), "2024-01-31"),
         ({"question": text, "answer": "6 * 12 = <<6*12=72>>72.\n#### 72"}, user(text), "72"),
         ({"question": text, "answer": "#### 1,000"}, user(text), "1,000"),
         ({"prompt": turns, "reward_model": {"ground_truth": "1/2"}}, turns, "1/2"),
+        ({"problem": None, "question": "7 + 8?", "prompt": "", "answer": 15}, user("7 + 8?"), "15"),
+        ({"prompt": user(parts), "answer": 15}, user("7 + 8?"), "15"),
         ({"prompt": turns, "answer": int("123456789" * 4)}, turns, "123456789" * 4),
     ]
-    texts = [(f"data[1].{end}", part) for end in ("jsonl", "json") for part in (forms, forms[:3])]
-    for name, part in texts + [("data[1].parquet", [form] * 2) for form in forms[:-1]]:
-        path, rows = tmp_path / name, [row for row, _, _ in part]  # [1] is a pattern to datasets
-        if path.suffix == ".parquet":
-            opsdc.datasets.Dataset.from_list(rows).to_parquet(path)
-        elif path.suffix == ".json":
-            path.write_text(json.dumps(rows, indent=1))
-        else:
-            write_rows(path, rows)
+    lines = [json.dumps(row, ensure_ascii=False) for row, _, _ in forms]
+    names = "a[1].jsonl", "A.JSONL", "a[1].json"  # [1] is a pattern to datasets
+    texts = [(name, "\n".join(lines[:n]), forms[:n]) for name in names for n in (8, 3)]
+    texts += [("a[1].json", json.dumps([row for row, _, _ in forms], indent=1), forms)]
+    cells = "answer,problem,question\n015,,7 + 8?\n015,7 + 8?,"  # 015 stays a text
+    texts += [(name, cells, [({}, user("7 + 8?"), "015")] * 2) for name in ("a[1].csv", "A.Csv")]
+    packings = {"": bytes, ".gz": gzip.compress, ".GZ": gzip.compress}.items()
+    ways, files = [*itertools.product(packings, ("", "\ufeff"))], []
+    for (name, whole, part), ((end, pack), mark) in itertools.product(texts, ways):
+        files += [(f"{name}{end}", pack(f"{mark}{whole}\n\n".encode()), part)]
+    for form in forms[:-1]:
+        opsdc.datasets.Dataset.from_list([form[0]] * 2).to_parquet(file := io.BytesIO())
+        files += [("a[1].parquet", file.getvalue(), [form] * 2)]
+    for name, content, part in files:
+        (path := tmp_path / name).write_bytes(content)
         os.utime(path, (0, 0))  # a changed file of the same age is read anew
         found = evaluation.load_problems(str(path), limit=0)
         assert [(p["chat"], p["answer"]) for p in found] == [form[1:] for form in part]
-        assert [p["level"] for p in found] == [row.get("level") for row in rows]
-        assert {p["benchmark"] for p in found} == {"data[1]"}
-
-
-def test_problems_are_read_from_files_of_every_kind(tmp_path):
-    parts = [{"type": "text", "text": text} for text in ("7 + ", "8?")]
-    rows = '{"problem": null, "question": "7 + 8?", "prompt": ""}\n'
-    rows += json.dumps({"prompt": [{"role": "user", "content": parts}]})
-    cells = "answer,problem,question\n015,,7 + 8?\n015,7 + 8?,"
-    files = {"a.JSONL": rows, "a.json": rows, "a[1].csv": cells, "A.Csv": cells}.items()
-    packings = {"": bytes, ".gz": gzip.compress, ".GZ": gzip.compress}.items()
-    for (name, text), (end, pack), mark in itertools.product(files, packings, ("", "\ufeff")):
-        path = tmp_path / f"{name}{end}"
-        path.write_bytes(pack(f"{mark}{text}\n\n".encode()))
-        found = list(opsdc.load_rows(str(path)))
-        assert [*map(opsdc.read_chat, found)] == [user("7 + 8?")] * 2
-        assert all(row.get("answer", "015") == "015" for row in found)  # a text, no number
+        assert [p["level"] for p in found] == [row.get("level") for row, _, _ in part]
+        assert {p["benchmark"] for p in found} == {path.stem}
 
 
 def test_configurations_and_splits_of_a_dataset(tmp_path):
@@ -355,7 +338,8 @@ def test_the_prompt_opens_the_assistants_turn_and_control_tokens_in_a_problem_ar
 def test_problems_of_math500_and_long_teacher_prompts_are_left_out(tmp_path, style):
     overlap = r"For how many real values of $x$ is $\sqrt{120 - \sqrt{x}}$ an integer?"
     problems = [overlap, f"{overlap} Why?", "short", "t" * 100, overlap.replace(" - ", "-")]
-    rows = [{"problem": problem} for problem in problems + problems[::-1]]  # each counts once
+    again = [PAPER.format("short"), *problems[::-1]]  # the first as in DAPO-Math
+    rows = [{"problem": problem} for problem in problems + again]
     data = write_rows(tmp_path / "data.jsonl", rows)
     pairs = [opsdc.prompt_pair(user(problem), "Be brief.", style) for problem in problems]
     prompts = [(*opsdc.encode_chats(TOKENIZER, list(pair)), pair[0]) for pair in pairs]
@@ -384,8 +368,7 @@ def test_real_tokenizer_real_vocabulary_real_problems(monkeypatch, tmp_path):
     data, some = f"{SHARED}/dapo_math_17k.parquet", f"{tmp_path}/some.parquet"
     opsdc.datasets.Dataset.from_list([*opsdc.load_rows(data)][:50]).to_parquet(some)
     options = [f"--model={model}", f"--data={some}", f"--output_dir={run}", "--steps=2"]
-    code, _, err = call(opsdc, *options, "--batch_size=2", "--max_new_tokens=8")
-    assert code == 0, err
+    call(opsdc, *options, "--batch_size=2", "--max_new_tokens=8")
     row, _ = read_rows(run / "metrics.jsonl")
     assert row["truncated"] == 1
     assert row["student_entropy"] == pytest.approx(math.log(151_936), rel=0.05)
@@ -403,8 +386,7 @@ def test_real_tokenizer_real_vocabulary_real_problems(monkeypatch, tmp_path):
 
 
 def test_rollouts_follow_the_students_own_distribution_behind_padding():
-    """Frequencies of the first token against softmax of an unpadded forward, by chi-square; top-k 1
-    and the other settings that the model ships must not reach a rollout."""
+    """By chi-square of the first token. What the model ships, top-k 1, must not reach a rollout."""
     model, count, prompts = tiny_model(initializer_range=0.15), 20_000, [[4, 5, 4], [*range(6, 12)]]
     shipped = {"top_k": 1, "temperature": 0.6, "repetition_penalty": 2.0}
     model.generation_config = GenerationConfig(eos_token_id=[1, 2], **shipped)
@@ -413,8 +395,7 @@ def test_rollouts_follow_the_students_own_distribution_behind_padding():
     torch.manual_seed(0)
     completions = opsdc.rollout(model, prompts * (count // 2), count // 2)
     for i, prompt in enumerate(prompts):
-        with torch.no_grad():
-            expected = model(torch.tensor([prompt])).logits[0, -1].softmax(-1) * (count / 2)
+        expected = model(torch.tensor([prompt])).logits[0, -1].detach().softmax(-1) * (count / 2)
         seen = torch.bincount(torch.tensor([y[0] for y in completions[i::2]]), minlength=60)
         chi_square = ((seen - expected) ** 2 / expected).sum()
         assert chi_square < 59 + 5 * math.sqrt(2 * 59)  # five standard deviations, 59 degrees
@@ -427,7 +408,6 @@ def test_align_on_the_example_of_its_docstring():
 
 
 def test_losses_of_distributions_far_apart_are_finite():
-    """One token against another, 300 nats apart."""
     for kind, nats in {"reverse_kl": 300, "forward_kl": 300, "jsd": math.log(2)}.items():
         q_states, p_states = (torch.eye(4) * 300).requires_grad_(), torch.eye(4).roll(1, 0) * 300
         inputs = (q_states, torch.eye(4), p_states, torch.eye(4), torch.full((4,), 0.25), kind)
@@ -453,7 +433,6 @@ def gradients_of(model, loss):
 @pytest.mark.parametrize("heads", [(60, 60), (60, 64), (64, 60)])  # rows; some only pad
 @pytest.mark.parametrize("chunk", [7, 4, 1000])  # of 17 positions
 def test_loss_and_gradients_equal_autograd(monkeypatch, kind, family, tied, heads, chunk):
-    """A padded batch against full logits of one unpadded forward pass each."""
     monkeypatch.setattr(opsdc, "CHUNK", chunk)
     models = [tiny_model(family, n, tie_word_embeddings=tied, vocab_size=n) for n in heads]
     scorers = [opsdc.Scorer(model) for model in models]
@@ -551,45 +530,38 @@ OPTIONS |= {"max_grad_norm": 0.25, "max_prompt_tokens": 100}
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 0, "max_new_tokens": 5, "do_sample": True}
 
 
-def record(options):
+def record(options, program=opsdc):
     """Runs the command line; returns what each call for completions got and gave."""
-    calls = []
+    calls, rollout = [], opsdc.rollout
 
     def recorder(model, prompts, batch_size):
         asked = SimpleNamespace(prompts=prompts, batch_size=batch_size, seed=torch.initial_seed())
         asked.weights = {name: weight.clone() for name, weight in model.state_dict().items()}
         asked.settings = model.generation_config.to_diff_dict()
-        asked.completions = opsdc.rollout(model, prompts, batch_size)
+        asked.completions = rollout(model, prompts, batch_size)
         calls.append(asked)
         return asked.completions
 
     flags = (f"--{name}={value}" for name, value in options.items())
-    code, _, err = call(opsdc, *flags, seam=[lambda config: opsdc.train(config, recorder)])
-    assert code == 0, err
+    seam = [lambda config: opsdc.train(config, recorder)] if program is opsdc else []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opsdc, "rollout", recorder)
+        call(program, *flags, seam=seam)
     return calls
 
 
-@pytest.fixture(scope="module")
-def recorded(tiny, tmp_path_factory):
-    """A run in which no option has its default, and a step with another seed: the directory of the
-    first, its calls for completions, and the call of the second."""
-    assert all(value != getattr(opsdc.Config(), name) for name, value in OPTIONS.items())
-    run, other = (tmp_path_factory.mktemp("recorded") / name for name in ("run", "other"))
-    places = {"model": tiny, "data": tiny / "data.jsonl", "output_dir": run}
-    calls = record(OPTIONS | places)
-    return run, calls, *record(OPTIONS | places | {"seed": 8, "steps": 1, "output_dir": other})
-
-
-def test_a_run_is_algorithm_1_on_full_logits(tiny, recorded):
+def test_a_run_is_algorithm_1_on_full_logits(tiny, tmp_path):
     """By torch.optim and torch.distributions, with the run's completions but this file's prompts.
-    Another seed gives another order and other samples."""
-    output_dir, calls, other = recorded
+    No option has its default; another seed gives another order and other samples."""
+    assert all(value != getattr(opsdc.Config(), name) for name, value in OPTIONS.items())
+    run, places = tmp_path / "run", {"model": tiny, "data": tiny / "data.jsonl"}
+    calls = record(OPTIONS | places | {"output_dir": run})
+    (other,) = record(OPTIONS | places | {"seed": 8, "steps": 1, "output_dir": tmp_path / "other"})
     x, x_c = ([TURN.format(c + p) for p in PROBLEMS[:-1]] for c in ("", "Answer in a word.\n\n"))
     plain, told = (TOKENIZER(texts)["input_ids"] for texts in (x, x_c))
     student, teacher = (AutoModelForCausalLM.from_pretrained(tiny).eval() for _ in range(2))
     adamw = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.3)
-    rows = []
-    batches = zip(calls, opsdc.batches(plain, 4, 7), strict=False)
+    rows, batches = [], zip(calls, opsdc.batches(plain, 4, 7), strict=False)
     for step, (asked, batch) in enumerate(batches, 1):
         row = {"step": step, "refreshed": step in (2, 4)}
         if row["refreshed"]:
@@ -609,7 +581,7 @@ def test_a_run_is_algorithm_1_on_full_logits(tiny, recorded):
         row["completion_tokens"] = sum(map(len, asked.completions)) / 4
         row["truncated"] = sum(y[-1] not in STOPS for y in asked.completions) / 4
         rows.append(row | dict(zip(STATISTICS, means.tolist(), strict=True)))
-    log, weights = outcome(output_dir)
+    log, weights = outcome(run)
     close([{name: row[name] for name in rows[0]} for row in log], rows, rtol=1e-4)
     close(weights, dict(student.state_dict()))
     completions = [y for asked in calls for y in asked.completions]
@@ -619,23 +591,20 @@ def test_a_run_is_algorithm_1_on_full_logits(tiny, recorded):
     assert len({asked.seed for asked in [*calls, other]}) == len(calls) + 1
     assert other.prompts != calls[0].prompts
 
-
-def test_a_runs_directory(recorded, tiny):
-    output_dir, *_ = recorded
     keys = "step loss completion_tokens truncated student_entropy teacher_entropy grad_norm "
     keys += "rollout_seconds update_seconds peak_gpu_gb refreshed"
-    metrics = read_rows(output_dir / "metrics.jsonl")
+    metrics = read_rows(run / "metrics.jsonl")
     assert all(set(row) == set(keys.split()) for row in metrics)
     for step in (1, 3, 5):  # the first, a saved one, the last: all four completions are kept
-        rows = read_rows(output_dir / f"rollouts-{step}.jsonl")
+        rows = read_rows(run / f"rollouts-{step}.jsonl")
         means = [sum(row["divergence"]) / len(row["tokens"]) for row in rows]
         assert sum(means) / 4 == pytest.approx(metrics[step - 1]["loss"], rel=1e-5)
-    assert {path.name for path in output_dir.glob("step-*")} == {"step-3"}
-    assert (output_dir / "finished").read_bytes() == b""
-    for directory in (output_dir, output_dir / "step-3"):
-        run = json.loads((directory / "run.json").read_text())
-        assert run["config"].items() >= OPTIONS.items()
-        assert run["versions"]["torch"] == torch.__version__
+    assert {path.name for path in run.glob("step-*")} == {"step-3"}
+    assert (run / "finished").read_bytes() == b""
+    for directory in (run, run / "step-3"):
+        written = json.loads((directory / "run.json").read_text())
+        assert written["config"].items() >= OPTIONS.items()
+        assert written["versions"]["torch"] == torch.__version__
         shipped, saved = (GenerationConfig.from_pretrained(path) for path in (tiny, directory))
         assert saved.to_diff_dict() == shipped.to_diff_dict()
         assert AutoTokenizer.from_pretrained(directory).chat_template == TOKENIZER.chat_template
@@ -654,16 +623,14 @@ def test_two_ranks_equal_one_and_each_resumes_the_other(monkeypatch, small_run, 
     monkeypatch.setenv("LC_ALL", "C")
     greedy = [*small_run, "--top_p=1e-6", "--steps=4", "--save_every=3", "--refresh_share=0.3"]
     one, two = tmp_path / "one", tmp_path / "zwölf 二"
-    code, said = start(opsdc, *greedy, "--offload=True", f"--output_dir={one}")
-    assert code == 0, said
+    start(opsdc, *greedy, "--offload=True", f"--output_dir={one}")
     torchrun(opsdc, *greedy, f"--output_dir={two}")
     expected = outcome(one)
     close(outcome(two), expected)
     for ranks, directory in ((2, one), (1, two)):
         before = read_rows(directory / "metrics.jsonl")
         (directory / "finished").unlink()  # as if it had not come so far
-        code, said = start(opsdc, *greedy, f"--output_dir={directory}", "--resume", ranks=ranks)
-        assert code == 0, said
+        start(opsdc, *greedy, f"--output_dir={directory}", "--resume", ranks=ranks)
         after = read_rows(directory / "metrics.jsonl")
         assert after[:3] == before[:3] and after[3] != before[3]  # by the times: one is redone
         close(outcome(directory), expected)
@@ -671,22 +638,22 @@ def test_two_ranks_equal_one_and_each_resumes_the_other(monkeypatch, small_run, 
     model, trim = shutil.copytree(tiny, tmp_path / "model"), ("content", "content | trim")
     change(model / "chat_template.jinja", TOKENIZER.chat_template.replace(*trim))  # one prompt
     run = [*small_run, f"--data={data}", f"--model={model}", f"--output_dir={tmp_path}/run"]
-    assert "--batch_size 1 is no multiple" in start(opsdc, *run, "--batch_size=1", ranks=2)[1]
-    assert start(opsdc, *run, "--batch_size=2", ranks=2)[0] == 0
+    said = start(opsdc, *run, "--batch_size=1", ranks=2, code=2)
+    assert "--batch_size 1 is no multiple" in said
+    start(opsdc, *run, "--batch_size=2", ranks=2)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert any(row["completion_tokens"] % 1 for row in rows)  # equal samples: a whole mean
 
 
 INT, TERM, HUP, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL
 GENERATE, SAVE = "transformers.GenerationMixin.generate", "opsdc.Model.save_pretrained"
-FULL = (GENERATE, 1, "full disk")
+FULL = (GENERATE, 1, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (9999, -1)))  # a full disk
 
 
 def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_path):
-    """By kills, Ctrl-C, a closed terminal and full disks."""
     whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
     run = [*small_run, "--refresh_share=0.3"]
-    assert start(opsdc, *run, f"--output_dir={whole}")[0] == 0
+    start(opsdc, *run, f"--output_dir={whole}")
     disturbances = [  # accidents at calls; exit code, words, newest checkpoint, rows of the log
         ([(GENERATE, 2, KILL)], -9, "", 0, 1),
         ([FULL], 1, "step-2 can't be saved", 0, 2),
@@ -704,11 +671,11 @@ def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_p
         ([], 0, "", 6, 8),
     ]
     kept = {}
-    for accidents, expected, words, newest, rows in disturbances:
+    for accidents, code, words, newest, rows in disturbances:
         assert not (disturbed / "finished").exists()
         resume = [*run, f"--output_dir={disturbed}", "--resume"]
-        code, said = start(opsdc, *resume, accidents=accidents)
-        assert code == expected and words in said and "Traceback" not in said, said
+        said = start(opsdc, *resume, accidents=accidents, code=code)
+        assert words in said and "Traceback" not in said, said
         assert code not in (1, 130) or "--resume goes on" in said
         steps = {p.parent.name: contents(p.parent) for p in disturbed.glob("step-*/.metadata")}
         assert max((int(name[5:]) for name in steps), default=0) == newest
@@ -733,7 +700,7 @@ def test_every_rollout_ends_at_a_stop_id_of_model_teacher_or_tokenizer(tmp_path)
     model, run = shutil.copytree(TOY, tmp_path / "model"), tmp_path / "run"
     shipped = {"eos_token_id": 0, "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6}
     change(model / "generation_config.json", json.dumps(shipped))
-    other, same = (shutil.copytree(path, tmp_path / path.name) for path in (OTHER_TOY, TOY))
+    other, same = (shutil.copytree(path, tmp_path / path.name) for path in (TOY / "teacher", TOY))
     change(other / "generation_config.json", {"eos_token_id": [7]})
     flags = {"model": model, "data": TOY / "train.jsonl", "output_dir": run, "save_every": 1}
     flags |= {"batch_size": 4, "steps": 2, "max_new_tokens": 256, "refresh_every": 0}
@@ -757,25 +724,10 @@ def test_a_part_of_a_checkpoint_trains_and_says_so(tiny, small_run, tmp_path):
     weights = model.state_dict() | {"model.visual.x": torch.ones(2)}
     model.save_pretrained(path, state_dict=weights)
     run = [*small_run, f"--model={path}", "--steps=2", f"--output_dir={tmp_path}/run"]
-    code, said = start(opsdc, *run, "--dtype=bfloat16")
-    assert code == 0, said
-    line, *steps = said.strip().splitlines()
+    line, *steps = start(opsdc, *run, "--dtype=bfloat16").strip().splitlines()
     assert str(path) in line and "model.visual.x" in line
     assert [step[:7] for step in steps] == ["step 1:", "step 2:"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run")
-
-
-def test_a_larger_teacher_holds_on_two_ranks_and_after_a_kill(small_run, tmp_path):
-    run = [*small_run, f"--teacher={OTHER_TOY}", "--refresh_every=0", "--instruction=none"]
-    run += ["--steps=4", "--top_p=1e-6"]  # greedy
-    whole, killed, two = (tmp_path / name for name in ("whole", "killed", "two"))
-    assert start(opsdc, *run, f"--output_dir={whole}")[0] == 0
-    resume = [*run, f"--output_dir={killed}", "--resume"]
-    assert start(opsdc, *resume, accidents=[("opsdc.clip_gradients", 4, KILL)])[0] == -9
-    assert start(opsdc, *resume)[0] == 0
-    close(outcome(killed), outcome(whole), atol=0, rtol=0)
-    assert start(opsdc, *run, f"--output_dir={two}", ranks=2)[0] == 0
-    close(outcome(two), outcome(whole))
 
 
 def test_only_an_unfinished_run_of_its_kind_is_resumed(monkeypatch, small_run, tiny, tmp_path):
@@ -784,7 +736,7 @@ def test_only_an_unfinished_run_of_its_kind_is_resumed(monkeypatch, small_run, t
     data = model / "data.jsonl"
     run = [*small_run, f"--model={model}", f"--data={data}", "--steps=3", "--save_every=1"]
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert call(opsdc, *run, "--output_dir=~/run")[0] == 0  # ~ is the home directory
+    call(opsdc, *run, "--output_dir=~/run")  # ~ is the home directory
     out, resume = tmp_path / "run", [*run, f"--output_dir={tmp_path}/run", "--resume"]
     refused(opsdc, resume, "finished run", out)
     (out / "finished").unlink()
@@ -810,12 +762,13 @@ def test_only_an_unfinished_run_of_its_kind_is_resumed(monkeypatch, small_run, t
         good = change(file, new)
         refused(opsdc, resume, message, out)
         if message == goes_on:  # torch says nothing beside it
-            assert start(opsdc, *resume)[1].count("\n") == 1
+            assert start(opsdc, *resume, code=2).count("\n") == 1
         change(file, good)
     newest.unlink()  # as if saving had been cut short
     day, before = Mock(), read_rows(out / "metrics.jsonl")
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", day)  # another one
-    assert call(opsdc, *resume, "--steps=4", "--save_every=0")[0] == 0 and day.now.called
+    call(opsdc, *resume, "--steps=4", "--save_every=0")
+    assert day.now.called
     after = read_rows(out / "metrics.jsonl")
     assert [row["step"] for row in after] == [1, 2, 3, 4]
     assert before[0] == after[0] and before[1] != after[1]  # by the times: step 2 is redone
@@ -864,10 +817,8 @@ def test_math500_solutions_against_their_own_and_other_answers(grade):
     assert [len(math500), *map(len, aime)] == [500, 30, 30]
     layout = r"^\w\s*=|\\(?:left|right|text|mbox|[!,;])|\\[dt](?=frac)|\^\\circ|[\s{}$]"
     alike = [re.sub(layout, "", row["answer"]) for row in problems]
-    others = [
-        next(problems[k % 500] for k in range(i + 1, i + 500) if alike[k % 500] != alike[i])
-        for i in range(500)
-    ]
+    round_twice = list(zip(alike, problems, strict=True)) * 2
+    others = [next(p for a, p in round_twice[i:] if a != alike[i]) for i in range(500)]
     lines = [f"**Answer:** {row['answer']}" for row in problems]  # 109: as the paper's own scorer
     for responses, unread in (([row["solution"] for row in problems], 0), (lines, 109)):
         own = grade((y, row["answer"]) for y, row in zip(responses, problems, strict=True))
@@ -877,19 +828,17 @@ def test_math500_solutions_against_their_own_and_other_answers(grade):
 
 
 def test_faults_of_the_papers_scorer_are_in_dual_and_not_in_final(grade):
+    """Response => for a careful reader => by the paper's scorer, which reads a box on the line of a
+    first `Answer:`, and the last number of a response that was cut off."""
+    rows = r"""<think>maybe \boxed{12}</think> Answer: 13 => 13 => 12, 13
+        <think>so there are 3 groups of 14 => => 14 | Answer: 4\sqrt{2} => 4\sqrt{2} => 4, 4\sqrt{2}
+        Answer: 17¶¶No: \boxed{18} => 18 => 17, 18 | \boxed{18}¶¶Answer: 17 => 17 => 17, 18
+        $x$ Answer: 17 ... \boxed{18} => 18 => 18 | Answer: 16¶$y$ Answer: 17 => 17 => 17"""
     golds = ["4", "12", "13", "14", "17", "18", r"4\sqrt{2}"]
-    for response, answer, accepted in (
-        (r"<think>maybe \boxed{12}</think> Answer: 13", "13", ["12", "13"]),
-        ("<think>so there are 3 groups of 14", None, ["14"]),  # cut off: the last number
-        (r"Answer: 4\sqrt{2}", r"4\sqrt{2}", ["4", r"4\sqrt{2}"]),
-        ("Answer: 17\n\nNo: \\boxed{18}", "18", ["17", "18"]),
-        ("\\boxed{18}\n\nAnswer: 17", "17", ["17", "18"]),
-        (r"$x$ Answer: 17 ... \boxed{18}", "18", ["18"]),  # on one line, path 1 has the box
-        ("Answer: 16\n$y$ Answer: 17", "17", ["17"]),
-    ):
+    for response, *expected in table(rows):
         found = dict(zip(golds, grade((response, gold) for gold in golds), strict=True))
-        assert [gold for gold in golds if found[gold]["dual"]] == accepted
-        assert [gold for gold in golds if found[gold]["final"]] == [answer] * (answer is not None)
+        accepted = [[gold for gold in golds if found[gold][v]] for v in ("final", "dual")]
+        assert [*map(", ".join, accepted)] == expected
 
 
 def test_final_reads_the_answer_stated_last(grade):
@@ -981,11 +930,10 @@ def test_settings_reach_the_rollouts(asked, monkeypatch, tmp_path):
     run = [TOY, plain, TOY, plain, *arguments, "--seed=3", *prompts]
     with monkeypatch.context() as patch:  # a display that fails loses no sample
         patch.setattr(evaluation.tqdm, "update", Mock(side_effect=BrokenPipeError("closed")))
-        assert call(evaluation, *run)[0] == 1
+        call(evaluation, *run, code=1)
     monkeypatch.setattr(opsdc, "load_model", load := Mock(wraps=opsdc.load_model))
     assert len(read_rows(tmp_path / "run" / "samples-0.jsonl")) == 4
-    code, out, err = call(evaluation, *run)
-    assert code == 0, err
+    out = call(evaluation, *run)
     assert [loaded.args[0] for loaded in load.call_args_list] == [str(TOY), str(plain)]
     seeds = [seed for seed, *_ in asked]
     assert len(seeds) == 12 and len(set(seeds[:3])) == 3 and seeds == seeds[:3] * 4
@@ -1004,16 +952,15 @@ def test_settings_reach_the_rollouts(asked, monkeypatch, tmp_path):
     asked.clear()
     write_rows(tmp_path / "run" / "samples-0.jsonl", rows[4:])  # the first batch is lost
     write_rows(tmp_path / "run" / "samples-7.jsonl", rows[8:16] * 2)  # and others lie there thrice
-    assert call(evaluation, *run)[:2] == (0, out)
+    assert call(evaluation, *run) == out
     assert [seed for seed, *_ in asked] == seeds[:1]
-    assert call(evaluation, TOY, *arguments, "--seed=4", f"--output_dir={tmp_path}/b")[0] == 0
+    call(evaluation, TOY, *arguments, "--seed=4", f"--output_dir={tmp_path}/b")
     assert not {seed for seed, *_ in asked[1:]} & set(seeds)
 
 
 def test_all_models_are_asked_in_one_style(asked, tmp_path):
     """That of the trained ones among them, or --prompt_style."""
     question = GSM8K[0]["question"]
-    paper = f"{FIRST} {FORMAT}\n\n{question}\n\n{REMEMBER}"
     boxed, plain = (shutil.copytree(TOY, tmp_path / style) for style in ("boxed", "plain"))
     change(plain / "run.json", '{"config": {"prompt": "plain"}}')
     change(boxed / "run.json", '{"config": {"prompt": "Box: {problem}"}}')
@@ -1021,14 +968,14 @@ def test_all_models_are_asked_in_one_style(asked, tmp_path):
     run += ["--data", write_rows(tmp_path / "sums.jsonl", GSM8K)]
     refused(evaluation, [boxed, plain, *run], "choose one --prompt_style", tmp_path)
     for models, style, text in (
-        ([TOY], "", paper),
+        ([TOY], "", PAPER.format(question)),
         ([TOY, boxed], "", f"Box: {question}"),
         ([plain, TOY], "", question),
         ([boxed, TOY, plain], "So, {problem}", f"So, {question}"),
     ):
         asked.clear()
         options = [f"--prompt_style={style}", f"--output_dir={tmp_path}/{len(text)}"]
-        assert call(evaluation, *models, *run, *options)[0] == 0
+        call(evaluation, *models, *run, *options)
         assert [texts for *_, texts in asked] == [[TURN.format(text)]] * len(models)
 
 
@@ -1042,13 +989,11 @@ def test_rows_of_the_same_problem_are_its_samples(tmp_path):
         data = write_rows(tmp_path / "data.jsonl", [*rows, {"problem": "a", "answer": 1}])
         run = ["--data", data, "--samples=1", "--limit=10", f"--output_dir={tmp_path}/{k}"]
         run += ["--responses", write_rows(tmp_path / "responses.jsonl", texts)]
-        code, out, err = call(evaluation, *run)
-        assert code == 0 and "| 60.0 ± 32.0 |" in out, err
+        assert "| 60.0 ± 32.0 |" in call(evaluation, *run)
         assert len(read_rows(tmp_path / f"{k}/samples-0.jsonl")) == len(rows)
 
 
 def test_the_report_says_what_its_rows_say(tmp_path):
-    """Two files of responses, three problems at two levels, two samples each."""
     levels = {"a": "hard", "b": "easy", "c": "hard"}
     data = [{"id": i, "problem": i, "answer": "x+7", "level": level} for i, level in levels.items()]
     right, boxed, cut = "Answer: $x+7$", "$\\boxed{x+7}$\n\nAnswer: 3", "<think>Answer: $x+7$"
@@ -1056,13 +1001,11 @@ def test_the_report_says_what_its_rows_say(tmp_path):
     texts |= {"new": [right, right, cut, "no", right, boxed]}
     tokens = {"base": [10, 30, 20, 40, 60, 80], "new": [5, 15, 20, 10, 20, 50]}
     arguments = ["--data", write_rows(tmp_path / "data.jsonl", data), "--samples=2", "--responses"]
-    for name, responses in texts.items():
-        rows = [{"id": i} for i in "aabbcc"]
-        for row, y, length in zip(rows, responses, tokens[name], strict=True):
-            row |= {"response": y, "tokens": length, "finished": y != cut}
+    for name in texts:
+        samples = zip("aabbcc", texts[name], tokens[name], strict=True)
+        rows = [{"id": i, "response": y, "tokens": n, "finished": y != cut} for i, y, n in samples]
         arguments.append(write_rows(tmp_path / f"{name}.jsonl", rows))
-    code, out, err = call(evaluation, *arguments, f"--output_dir={tmp_path}/run")
-    assert code == 0, err
+    out = call(evaluation, *arguments, f"--output_dir={tmp_path}/run")
     lines = [[c.strip() for c in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line]
     printed = [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -1094,16 +1037,14 @@ EVALUATE += ["--limit=8", "--max_new_tokens=64", "--batch_size=4"]
 
 
 def test_an_interrupted_evaluation_ends_as_one_on_two_ranks(tmp_path):
-    """Ctrl-C in a rollout, a kill before a batch is graded, then a row cut by hand."""
     one, two = tmp_path / "one", tmp_path / "two"
     run, records = [*EVALUATE, f"--output_dir={one}"], one / "samples-0.jsonl"
-    code, said = start(evaluation, *run, accidents=[("opsdc.rollout", 3, INT)])
-    assert code == 130 and "goes on where it stopped" in said and "Traceback" not in said, said
-    assert start(evaluation, *run, accidents=[("eval.grade", 4, KILL)])[0] == -9
+    said = start(evaluation, *run, accidents=[("opsdc.rollout", 3, INT)], code=130)
+    assert "goes on where it stopped" in said and "Traceback" not in said, said
+    start(evaluation, *run, accidents=[("eval.grade", 4, KILL)], code=-9)
     assert len(read_rows(records)) == 20
     change(records, records.read_bytes()[:-20])
-    code, said = start(evaluation, *run)
-    assert code == 0, said
+    start(evaluation, *run)
     torchrun(evaluation, *EVALUATE, f"--output_dir={two}")
     lines = [(two / f"samples-{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
     assert len(lines[0]) == len(lines[1]) == 16
@@ -1116,7 +1057,7 @@ def test_another_evaluation_in_the_same_place_is_refused(asked, tmp_path):
     model, out = shutil.copytree(TOY, tmp_path / "model"), tmp_path / "run"
     data = Path(write_rows(tmp_path / "sums.jsonl", [{**row, "level": 1} for row in GSM8K]))
     run = [model, f"--data={data}", "--samples=1", "--max_new_tokens=9", f"--output_dir={out}"]
-    assert call(evaluation, *run)[0] == 0
+    call(evaluation, *run)
     samples, count = contents(out)["samples-0.jsonl"], len(asked)
     held, weights = f"{out} holds an evaluation with", (model / "model.safetensors").read_bytes()
     refused(evaluation, [*run, "--temperature=0.7"], f"{held} temperature 0.6, not 0.7", out)
@@ -1130,8 +1071,8 @@ def test_another_evaluation_in_the_same_place_is_refused(asked, tmp_path):
         refused(evaluation, run, f"{held} {message}", out)
         change(file, good)
     change(data, data.read_text().replace('"level": 1', '"level": 2'))  # repaired
-    code, said, _ = call(evaluation, *run)
-    assert code == 0 and "| 2 |" in said and "| 1 |" not in said and len(asked) == count
+    said = call(evaluation, *run)
+    assert "| 2 |" in said and "| 1 |" not in said and len(asked) == count
     assert contents(out)["samples-0.jsonl"] == samples
     good = change(out / "settings.json", None)
     refused(evaluation, run, "has samples but no settings.json", out)
@@ -1163,8 +1104,8 @@ def test_an_error_ends_a_run_with_one_line_and_no_update(monkeypatch, small_run,
     ):
         with monkeypatch.context() as patch:
             patch.setattr(opsdc, name, instead)
-            code, _, err = call(opsdc, *small_run, f"--output_dir={tmp_path}/{name}")
-        assert code == 1 and re.search(message, err.strip().splitlines()[-1]), err
+            err = call(opsdc, *small_run, f"--output_dir={tmp_path}/{name}", code=1)
+        assert re.search(message, err.strip().splitlines()[-1]), err
         assert not (tmp_path / name / "model.safetensors").exists()
 
 
@@ -1263,5 +1204,4 @@ BENCHMARKS = table("""loss --tokens 40 --hidden 16 --vocabulary 900 --rounds 1 =
 def test_every_benchmark_runs_with_tiny_shapes(command, shown):
     from results import bench
 
-    code, out, err = call(bench, *command.format(TOY / "config.json").split())
-    assert code == 0 and shown in out, err
+    assert shown in call(bench, *command.format(TOY / "config.json").split())
