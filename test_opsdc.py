@@ -68,13 +68,6 @@ def by_the_book(student, teacher, triples, kind):
     return torch.stack(means).mean(0)
 
 
-STATISTICS = ["loss", "student_entropy", "teacher_entropy"]
-
-
-def close(actual, expected, atol=1e-5, rtol=1e-5):
-    torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol)
-
-
 def read_rows(path):
     return [json.loads(line) for line in path.open(encoding="utf-8")]
 
@@ -108,10 +101,33 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
+FIRST = "Solve the following math problem step by step."
+FORMAT = "The last line of your response should be of the form Answer: $Answer (without quotes) "
+FORMAT += "where $Answer is the answer to the problem."
+REMEMBER = 'Remember to put your answer on its own line after "Answer:".'
+PAPER = f"{FIRST} {FORMAT}\n\n{{}}\n\n{REMEMBER}"
+INSTRUCTIONS = {
+    "v1": """Solve the following math problem concisely and correctly. Be direct: avoid unnecessary
+        elaboration, redundant steps, or restating the problem. Focus only on the key reasoning
+        steps needed to reach the answer.""",
+    "v2": """Solve the following math problem concisely and correctly. Prioritize a correct final
+        answer above brevity. For straightforward problems, be direct: avoid unnecessary
+        elaboration, redundant steps, or restating the problem. For difficult or multi-step
+        problems, do NOT over-compress: keep every reasoning step needed for correctness, including
+        case analysis, edge cases, and a brief check of the final answer. Never omit a step that the
+        answer depends on.""",
+    "percent:35": """Solve the following math problem correctly using 35% fewer tokens than you
+        normally would. Be more concise: cut unnecessary elaboration, redundant steps, and verbose
+        explanations while preserving correctness.""",
+    "Answer in French.": "Answer in French.",
+}
 TOKENIZER = AutoTokenizer.from_pretrained(TOY)
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+STATISTICS = ["loss", "student_entropy", "teacher_entropy"]
+close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
 STOPS = [*range(200), 256]  # so that a random model stops
 PROBLEMS = ["Why?" * n for n in (5, 1, 9, 2, 8, 3, 7, 4, 6, 30)]  # the last is too long
+GSM8K = [{"question": f"{i} + 3?", "answer": f"Up.\n#### {i + 3}"} for i in range(6)]  # its form
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +151,7 @@ def group():
 
 
 def call(program, *arguments, seam=(), code=0):
-    """Runs a program's command line in this process and asserts its exit code; returns its output,
-    or its error where the code is not 0."""
+    """Runs a command line in this process; returns what it printed, or of a failure the error."""
     out, err, found = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
@@ -166,11 +181,14 @@ def refused(program, arguments, message, directory):
 
 SERVER = multiprocessing.get_context("forkserver")  # preloads what eval.py says
 os.environ["PYTHONPATH"] = str(HERE)  # for the server
+INT, TERM, HUP, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL
+GENERATE, SAVE = "transformers.GenerationMixin.generate", "opsdc.Model.save_pretrained"
+FULL = (GENERATE, 1, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (9999, -1)))  # a full disk
+NOHUP = ("opsdc.catch_signals", 1, partial(signal.signal, HUP, signal.SIG_IGN))
 
 
 def start(program, *arguments, accidents=(), ranks=1, code=0):
-    """Runs a program in processes that have imported it and asserts the first one's exit code;
-    returns its output and error."""
+    """Runs a program in processes that have imported it; returns what the first has written."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as directory:
@@ -223,28 +241,6 @@ def outcome(output_dir):
     rows = read_rows(output_dir / "metrics.jsonl")
     rows = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
     return rows, AutoModelForCausalLM.from_pretrained(output_dir).state_dict()
-
-
-FIRST = "Solve the following math problem step by step."
-FORMAT = "The last line of your response should be of the form Answer: $Answer (without quotes) "
-FORMAT += "where $Answer is the answer to the problem."
-REMEMBER = 'Remember to put your answer on its own line after "Answer:".'
-PAPER = f"{FIRST} {FORMAT}\n\n{{}}\n\n{REMEMBER}"
-INSTRUCTIONS = {
-    "v1": """Solve the following math problem concisely and correctly. Be direct: avoid unnecessary
-        elaboration, redundant steps, or restating the problem. Focus only on the key reasoning
-        steps needed to reach the answer.""",
-    "v2": """Solve the following math problem concisely and correctly. Prioritize a correct final
-        answer above brevity. For straightforward problems, be direct: avoid unnecessary
-        elaboration, redundant steps, or restating the problem. For difficult or multi-step
-        problems, do NOT over-compress: keep every reasoning step needed for correctness, including
-        case analysis, edge cases, and a brief check of the final answer. Never omit a step that the
-        answer depends on.""",
-    "percent:35": """Solve the following math problem correctly using 35% fewer tokens than you
-        normally would. Be more concise: cut unnecessary elaboration, redundant steps, and verbose
-        explanations while preserving correctness.""",
-    "Answer in French.": "Answer in French.",
-}
 
 
 @pytest.mark.parametrize("instruction", INSTRUCTIONS)
@@ -420,6 +416,21 @@ X = [[11, 12, 13], [21], [31, 32], [41, 42, 43, 44], [45]]
 X_C = [[9, 9, 11, 12], [9, 21], [9, 9, 9, 9, 31, 32], [9, 41], [9, 9, 9]]
 Y = [[4, 2], [3, 4, 5, 6, 7, 1], [8, 1], [0, 0, 0, 0, 0, 0], [1]]  # 0 is a token that also pads
 TRIPLES = list(zip(X, X_C, Y, strict=True))
+FAMILIES = {"gemma3_text": {"sliding_window": 4, "query_pre_attn_scalar": 8}}
+FAMILIES |= {"gpt_neox": {"hidden_dropout": 0.5, "attention_dropout": 0.5}}  # dropout is off
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MIXTURE |= {"output_router_logits": True}  # as some ship: an auxiliary loss, which is not ours
+FAMILIES |= {"mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}, "qwen3_moe": MIXTURE}
+UNUSABLE = [("phi", {"bias": 0}, None), ("gemma2", {"final_logit_softcapping": 30.0}, None)]
+UNUSABLE += [("granite", {"logits_scaling": 1.02}, None), ("cohere", {"logit_scale": 0.5}, None)]
+LOST = ["layers.1.mlp.up_proj", "layers.1", "lm_head", "", math.nan, math.inf]
+UNUSABLE += [("phi", {"bias": 1}, None), *(("llama", {}, lost) for lost in LOST)]
+OPTIONS = {"instruction": "Answer in a word.", "prompt": "plain", "divergence": "jsd", "seed": 7}
+OPTIONS |= {"refresh_every": 2, "refresh_share": 0.25, "steps": 5, "batch_size": 4, "offload": True}
+OPTIONS |= {"micro_batch_size": 3, "rollout_batch_size": 2, "max_new_tokens": 5, "save_every": 3}
+OPTIONS |= {"temperature": 0.7, "top_p": 0.8, "learning_rate": 1e-3, "weight_decay": 0.3}
+OPTIONS |= {"max_grad_norm": 0.25, "max_prompt_tokens": 100}
+SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 0, "max_new_tokens": 5, "do_sample": True}
 
 
 def gradients_of(model, loss):
@@ -454,13 +465,6 @@ def test_loss_and_gradients_equal_autograd(monkeypatch, kind, family, tied, head
     assert max(g.abs().max() for g in gradients_of(models[0], loss).values()) < 1e-5
 
 
-FAMILIES = {"gemma3_text": {"sliding_window": 4, "query_pre_attn_scalar": 8}}
-FAMILIES |= {"gpt_neox": {"hidden_dropout": 0.5, "attention_dropout": 0.5}}  # dropout is off
-MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-MIXTURE |= {"output_router_logits": True}  # as some ship: an auxiliary loss, which is not ours
-FAMILIES |= {"mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}, "qwen3_moe": MIXTURE}
-
-
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_families_train_in_fp32_as_on_full_logits(group, tmp_path, kind):
     stored = torch.bfloat16 if kind == "mixtral" else torch.float32
@@ -476,8 +480,7 @@ def test_families_train_in_fp32_as_on_full_logits(group, tmp_path, kind):
     gradients = gradients_of(plain, expected)
     found = {name[6:]: weight.grad.full_tensor() for name, weight in student.named_parameters()}
     close((loss, found), (expected, gradients))
-    total = torch.nn.utils.get_total_norm(list(gradients.values()))
-    assert norm == pytest.approx(total.item(), rel=1e-5)
+    assert norm == pytest.approx(torch.nn.utils.get_total_norm(gradients.values()).item(), rel=1e-5)
     halves = (opsdc.shard(opsdc.load_model(str(p)), opsdc.Config(dtype="bfloat16")) for p in paths)
     loss, _ = opsdc.distillation_loss(*halves, TRIPLES, "reverse_kl", 5)
     assert 0 < abs(loss.item() / expected.item() - 1) < 0.05
@@ -488,12 +491,6 @@ def test_families_train_in_fp32_as_on_full_logits(group, tmp_path, kind):
     copy.save_pretrained(tmp_path / "saved")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
     close(saved, plain.state_dict(), atol=0, rtol=0)
-
-
-UNUSABLE = [("phi", {"bias": 0}, None), ("gemma2", {"final_logit_softcapping": 30.0}, None)]
-UNUSABLE += [("granite", {"logits_scaling": 1.02}, None), ("cohere", {"logit_scale": 0.5}, None)]
-LOST = ["layers.1.mlp.up_proj", "layers.1", "lm_head", "", math.nan, math.inf]
-UNUSABLE += [("phi", {"bias": 1}, None), *(("llama", {}, lost) for lost in LOST)]
 
 
 @pytest.mark.parametrize("kind, options, lost", UNUSABLE)
@@ -520,14 +517,6 @@ def test_norms_of_large_gradients_are_right(group):
     weight = SimpleNamespace(grad=SimpleNamespace(to_local=lambda: piece.repeat(256)))
     norm = opsdc.clip_gradients(SimpleNamespace(parameters=lambda: [weight]), 1e9)
     assert norm == pytest.approx(piece.double().norm().item() * 16, rel=1e-5)
-
-
-OPTIONS = {"instruction": "Answer in a word.", "prompt": "plain", "divergence": "jsd", "seed": 7}
-OPTIONS |= {"refresh_every": 2, "refresh_share": 0.25, "steps": 5, "batch_size": 4, "offload": True}
-OPTIONS |= {"micro_batch_size": 3, "rollout_batch_size": 2, "max_new_tokens": 5, "save_every": 3}
-OPTIONS |= {"temperature": 0.7, "top_p": 0.8, "learning_rate": 1e-3, "weight_decay": 0.3}
-OPTIONS |= {"max_grad_norm": 0.25, "max_prompt_tokens": 100}
-SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 0, "max_new_tokens": 5, "do_sample": True}
 
 
 def record(options, program=opsdc):
@@ -591,10 +580,9 @@ def test_a_run_is_algorithm_1_on_full_logits(tiny, tmp_path):
     assert len({asked.seed for asked in [*calls, other]}) == len(calls) + 1
     assert other.prompts != calls[0].prompts
 
-    keys = "step loss completion_tokens truncated student_entropy teacher_entropy grad_norm "
-    keys += "rollout_seconds update_seconds peak_gpu_gb refreshed"
     metrics = read_rows(run / "metrics.jsonl")
-    assert all(set(row) == set(keys.split()) for row in metrics)
+    keys = {*rows[0], "rollout_seconds", "update_seconds", "peak_gpu_gb"}
+    assert all(row.keys() == keys for row in metrics)
     for step in (1, 3, 5):  # the first, a saved one, the last: all four completions are kept
         rows = read_rows(run / f"rollouts-{step}.jsonl")
         means = [sum(row["divergence"]) / len(row["tokens"]) for row in rows]
@@ -638,16 +626,10 @@ def test_two_ranks_equal_one_and_each_resumes_the_other(monkeypatch, small_run, 
     model, trim = shutil.copytree(tiny, tmp_path / "model"), ("content", "content | trim")
     change(model / "chat_template.jinja", TOKENIZER.chat_template.replace(*trim))  # one prompt
     run = [*small_run, f"--data={data}", f"--model={model}", f"--output_dir={tmp_path}/run"]
-    said = start(opsdc, *run, "--batch_size=1", ranks=2, code=2)
-    assert "--batch_size 1 is no multiple" in said
+    assert "--batch_size 1 is no multiple" in start(opsdc, *run, "--batch_size=1", ranks=2, code=2)
     start(opsdc, *run, "--batch_size=2", ranks=2)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert any(row["completion_tokens"] % 1 for row in rows)  # equal samples: a whole mean
-
-
-INT, TERM, HUP, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL
-GENERATE, SAVE = "transformers.GenerationMixin.generate", "opsdc.Model.save_pretrained"
-FULL = (GENERATE, 1, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (9999, -1)))  # a full disk
 
 
 def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_path):
@@ -668,7 +650,7 @@ def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_p
         ([(SAVE, 1, KILL)], -9, "", 6, 8),  # in the middle of saving the end
         ([("opsdc.Tokenizer.save_pretrained", 2, KILL)], -9, "", 6, 8),
         ([("opsdc.Path.touch", 1, KILL)], -9, "", 6, 8),
-        ([], 0, "", 6, 8),
+        ([NOHUP, (GENERATE, 1, HUP)], 0, "", 6, 8),  # what it ignores stays ignored
     ]
     kept = {}
     for accidents, code, words, newest, rows in disturbances:
@@ -684,14 +666,6 @@ def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_p
         kept = steps
     assert (disturbed / "finished").exists()
     close(outcome(disturbed), outcome(whole), atol=0, rtol=0)
-
-
-def test_what_nohup_ignores_stays_ignored():
-    before = [signal.signal(number, signal.SIG_IGN) for number in (INT, TERM, HUP)]
-    caught = opsdc.catch_signals()
-    signal.raise_signal(HUP)
-    [signal.signal(*pair) for pair in zip((INT, TERM, HUP), before, strict=True)]
-    assert not caught
 
 
 def test_every_rollout_ends_at_a_stop_id_of_model_teacher_or_tokenizer(tmp_path):
@@ -721,8 +695,7 @@ def test_a_part_of_a_checkpoint_trains_and_says_so(tiny, small_run, tmp_path):
     """In bf16, a mixture of experts, as the text model of one that also sees."""
     model = tiny_model("qwen3_moe", vocab_size=821, **MIXTURE)
     path = shutil.copytree(tiny, tmp_path / "model")
-    weights = model.state_dict() | {"model.visual.x": torch.ones(2)}
-    model.save_pretrained(path, state_dict=weights)
+    model.save_pretrained(path, state_dict=model.state_dict() | {"model.visual.x": torch.ones(2)})
     run = [*small_run, f"--model={path}", "--steps=2", f"--output_dir={tmp_path}/run"]
     line, *steps = start(opsdc, *run, "--dtype=bfloat16").strip().splitlines()
     assert str(path) in line and "model.visual.x" in line
@@ -902,9 +875,6 @@ def test_hostile_responses_are_wrong_and_harm_no_other(grade):
     assert mixed["final"] and not mixed["answer_only"] and mixed["errors"]
 
 
-GSM8K = [{"question": f"{i} + 3?", "answer": f"Up.\n#### {i + 3}"} for i in range(6)]  # its form
-
-
 @pytest.fixture
 def asked(monkeypatch):
     """Replaces rollouts by "Answer: 5"; returns a list of what each of them was called with."""
@@ -920,8 +890,7 @@ def asked(monkeypatch):
 
 
 def test_settings_reach_the_rollouts(asked, monkeypatch, tmp_path):
-    data, plain = write_rows(tmp_path / "sums.jsonl", GSM8K), tmp_path / "plain"
-    shutil.copytree(TOY, plain)
+    data, plain = write_rows(tmp_path / "sums.jsonl", GSM8K), shutil.copytree(TOY, tmp_path / "p")
     change(plain / "run.json", '{"config": {"prompt": "plain"}}')
     change(plain / "chat_template.jinja", TOKENIZER.chat_template + "<think>\n")  # to be closed
     arguments = ["--data", data, "--samples=2", "--batch_size=4", "--top_p=0.5", "--top_k=7"]
@@ -1032,20 +1001,18 @@ def test_the_report_says_what_its_rows_say(tmp_path):
         assert row["problems"] == len(chosen) // 2 and shown.items() >= cells.items()
 
 
-EVALUATE = [TOY, TOY, "--prompt", "student", "v1", f"--data={TOY}/test.jsonl", "--samples=2"]
-EVALUATE += ["--limit=8", "--max_new_tokens=64", "--batch_size=4"]
-
-
 def test_an_interrupted_evaluation_ends_as_one_on_two_ranks(tmp_path):
+    options = [TOY, TOY, "--prompt", "student", "v1", f"--data={TOY}/test.jsonl", "--samples=2"]
+    options += ["--limit=8", "--max_new_tokens=64", "--batch_size=4"]
     one, two = tmp_path / "one", tmp_path / "two"
-    run, records = [*EVALUATE, f"--output_dir={one}"], one / "samples-0.jsonl"
+    run, records = [*options, f"--output_dir={one}"], one / "samples-0.jsonl"
     said = start(evaluation, *run, accidents=[("opsdc.rollout", 3, INT)], code=130)
     assert "goes on where it stopped" in said and "Traceback" not in said, said
     start(evaluation, *run, accidents=[("eval.grade", 4, KILL)], code=-9)
     assert len(read_rows(records)) == 20
     change(records, records.read_bytes()[:-20])
     start(evaluation, *run)
-    torchrun(evaluation, *EVALUATE, f"--output_dir={two}")
+    torchrun(evaluation, *options, f"--output_dir={two}")
     lines = [(two / f"samples-{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
     assert len(lines[0]) == len(lines[1]) == 16
     assert sorted(lines[0] + lines[1]) == sorted(records.read_text().splitlines())
@@ -1178,6 +1145,9 @@ FAULTS += [(evaluation, "{tmp}/model", f"model/{f}", json.loads(new), e) for f, 
 FAULTS += [(evaluation, "toy", "model/data.jsonl", *row) for row in DATA]
 FAULTS += [(evaluation, "--responses={tmp}/r.jsonl", "r.jsonl", *row) for row in SAMPLES]
 FAULTS += [(evaluation, words, "file", "", message) for words, message in WORDS]
+BENCHMARKS = table("""loss --tokens 40 --hidden 16 --vocabulary 900 --rounds 1 => plain
+    memory => 1 x 80 GB | step --config {} --flags=--max_new_tokens=5 => --offload
+    rollout --config {} --prompt_tokens 9 --new_tokens 5 --rows 1 3 => 3 rows""")
 
 
 @pytest.mark.parametrize("program, end, file, new, said", FAULTS)
@@ -1193,11 +1163,6 @@ def test_faults_are_refused(monkeypatch, small_run, tiny, tmp_path, program, end
     run += ["--max_new_tokens=4", f"--data={model}/data.jsonl", f"--output_dir={tmp_path}/run"]
     refused(program, [*run, *(w for w in words if w not in environment)], said, tmp_path)
     assert not (tmp_path / "run").exists()
-
-
-BENCHMARKS = table("""loss --tokens 40 --hidden 16 --vocabulary 900 --rounds 1 => plain
-    memory => 1 x 80 GB | step --config {} --flags=--max_new_tokens=5 => --offload
-    rollout --config {} --prompt_tokens 9 --new_tokens 5 --rows 1 3 => 3 rows""")
 
 
 @pytest.mark.parametrize("command, shown", BENCHMARKS)
