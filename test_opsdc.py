@@ -217,16 +217,15 @@ def run_program(output, name, arguments, accidents, ranks, port):
 
 def happen_before(name, number, accident):
     """Makes the n-th call of a function begin with a signal or another accident."""
-    module, _, name = name.rpartition(".")
-    module, calls = pkgutil.resolve_name(module), itertools.count(1)
-    function = getattr(module, name)
+    function, calls = pkgutil.resolve_name(name), itertools.count(1)
+    owner, _, name = name.rpartition(".")
 
     def wrapped(*arguments, **options):
         if next(calls) == number:
             accident() if callable(accident) else os.kill(os.getpid(), accident)
         return function(*arguments, **options)
 
-    setattr(module, name, wrapped)
+    setattr(pkgutil.resolve_name(owner), name, wrapped)
 
 
 def torchrun(program, *arguments):
@@ -244,14 +243,13 @@ def outcome(output_dir):
 
 
 @pytest.mark.parametrize("instruction", INSTRUCTIONS)
-def test_prompts_are_the_papers(instruction):
+def test_prompts_and_defaults_are_the_papers(instruction):
     problem, c = "What is {1} + {opening}? ", " ".join(INSTRUCTIONS[instruction].split())
-    plain = PAPER.format(problem)
+    plain, own = PAPER.format(problem), "{problem} Again: {problem}"
     pair = user(plain), user(f"{c}\n\n{FORMAT}\n\n{problem}\n\n{REMEMBER}")
     assert opsdc.prompt_pair(user(problem), "none") == (pair[0], pair[0])
     chat = [{"role": "system", "content": "Be kind."}, *user("Hi"), {"role": "assistant"}]
     boxed = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-    own = "{problem} Again: {problem}"
     for asked in (problem, plain):  # the second as DAPO-Math has it
         assert opsdc.prompt_pair(user(asked), instruction) == pair
         after = tuple([*chat, *turn] for turn in pair)
@@ -260,9 +258,6 @@ def test_prompts_are_the_papers(instruction):
             asks = text.replace("{problem}", asked if style == "plain" else problem)
             x, x_c = opsdc.prompt_pair([*chat, *user(asked)], instruction, style)
             assert x == [*chat, *user(asks)] and x_c == [*chat, *user(f"{c}\n\n{asks}")]
-
-
-def test_defaults_are_the_papers():
     paper = """model=Qwen/Qwen3-8B data=YouJiacheng/DAPO-Math-17k-dedup instruction=v1 prompt=paper
         divergence=reverse_kl batch_size=32 refresh_every=50 refresh_share=1.0 learning_rate=1e-06
         weight_decay=0.01 max_grad_norm=1.0 temperature=1.0 top_p=1.0 max_new_tokens=8192
@@ -755,8 +750,6 @@ def test_a_gpu_without_bf16_is_refused(monkeypatch):
 
 
 # ---- eval.py -------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def grade():
     with evaluation.grading_pool(2) as pool:
@@ -835,16 +828,15 @@ def test_final_reads_the_answer_stated_last(grade):
         Answer: $(\frac{1}{2}, 3)$ => (0.5, 3) | Answer: $x=1, y=2$ => (1, 2)"""
     wrong = r"""5 | so it must be $5$ | the result is 5 | Answer: | Answer: not 5 | Answer: 5x
         Answer: $5$ if $x=1$ | <think>Answer: 5 | \boxed{5 | Answer: 50 | Answer: 5, 6
-        <think>1</think><think>Answer: 5 | Answer: 5 \boxed{6} | Answer: 5¶¶Answer: 6
-        Answer: 5 of 20 | Answer: $a$ or 5 | Answer: 5 times | Answer: 5 million
-        Answer: 5 hundred zorgs | \boxed{5 \text{ million}} | Answer: 5 halves
-        Answer: 5 or 6 zorgs | Answer: at least 5 | Answer: $52_7$ => 52_8
+        <think>1</think><think>Answer: 5 | Answer: 5 \boxed{6} | Answer: 4:30 AM => \text{4:30 p.m.}
+        Answer: 5 of 20 | Answer: $a$ or 5 | Answer: 5 times | \boxed{4:30} => \text{4:30 p.m.}
+        Answer: 5 hundred zorgs | \boxed{5 \text{ million}} | Answer: 5 halves | Answer: 5 million
+        Answer: 5 or 6 zorgs | Answer: at least 5 | Answer: $52_7$ => 52_8 | Answer: 5¶¶Answer: 6
         Answer: $\{1,2\}$ => (1,2) | Answer: (1,2) => (2,1) | Answer: (1,2) => \{1,2\}
         Answer: 1\,23 => 123 | \boxed{5} or \boxed{4} | the answer = 5 | #### 5¶#### No
         ### Answer¶5. First, add. | ### Answer¶We have $5$. | Answer: 5 (dozen) | #### 5. First
         The answer is $5$. Or is it? | I doubt that the answer is 5. | The answer is not $5$.
-        Answer: 1, 2 => (1, 2) | \boxed{\frac12, 2} => (\frac{1}{2}, 2) | Answer: 52 => 52_8
-        \boxed{4:30} => \text{4:30 p.m.} | Answer: 4:30 AM => \text{4:30 p.m.}"""
+        Answer: 1, 2 => (1, 2) | \boxed{\frac12, 2} => (\frac{1}{2}, 2) | Answer: 52 => 52_8"""
     right += " | Answer: 5. " + "It is so. " * 200
     wrong += " |  | Answer: 5" + "5" * 1000
     for texts, expected in ((right, True), (wrong, False)):
@@ -1058,9 +1050,6 @@ def test_ctrl_c_during_imports_and_a_safe_path(tmp_path):
     assert run.returncode == 0 and b"--prompt_style" in run.stdout
 
 
-# ---- Faults: what becomes of a file, as JSON, or is said; and what the one line says -------------
-
-
 def test_an_error_ends_a_run_with_one_line_and_no_update(monkeypatch, small_run, tmp_path):
     full_disk = Mock(side_effect=OSError(28, "No space left on device", "metrics.jsonl"))
     broken = Mock(side_effect=lambda states, head: states @ head.T * math.nan)
@@ -1076,6 +1065,7 @@ def test_an_error_ends_a_run_with_one_line_and_no_update(monkeypatch, small_run,
         assert not (tmp_path / name / "model.safetensors").exists()
 
 
+# ---- Faults: what becomes of a file, as JSON, or is said; and what the one line says -------------
 MODEL = table(r"""chat_template.jinja => null => chat_template is not set
     chat_template.jinja => "Why?" => equal prompts | model.safetensors => "" => deserializing
     config.json => "{" => not a valid JSON | config.json => {"model_type": "t5"} => T5Config
@@ -1089,12 +1079,11 @@ MODEL = table(r"""chat_template.jinja => null => chat_template is not set
 FAULTS = [(opsdc, "", f"model/{file}", json.loads(new), said) for file, new, said in MODEL]
 TEACHER, WORDS = "--teacher=toy --refresh_every=0", {"extra_special_tokens": ["another"]}
 FAULTS += [(opsdc, TEACHER, "model/tokenizer_config.json", WORDS, "of toy has other words than")]
-DATA = table(r"""=> has no rows | [1, 2] => row 1 ... its columns are [], without a problem
+DATA = table(r"""[1, 2] => row 1 ... its columns are [], without a problem | {"prompt": []} => row 1
     {"problem": null} => row 1 | {"text": "", "id": 1} => row 1 ... its columns are ['text', 'id']
-    {"problem": "a"}¶{"problem": " "} => row 2 ... ends with a text of the user
-    {"problem": "a"}¶{"problem": "b¶ => line 2 | {"prompt": []} => row 1
+    {"problem": "a"}¶{"problem": " "} => row 2 ... ends with a text of the user | => has no rows
     {"problem": "\udcff"} => row 1 ... surrogate | {"prompt": [1]} => row 1 ... ['prompt']
-    {"problem": 7} => row 1 ... ['problem']
+    {"problem": 7} => row 1 ... ['problem'] | {"problem": "a"}¶{"problem": "b¶ => line 2
     {"prompt": [{"role": "system", "content": "a"}]} => row 1 ... ends with a text of the user
     {"prompt": [{"role": "user", "content": [{"type": "image"}]}]} => row 1 ... not made of texts
     {"prompt": [{"role": "", "content": "\udcff"}, {"role": "user", "content": "a"}]} => row 1""")
@@ -1107,14 +1096,13 @@ VALUES += "instruction= rate=1 batch_size=11 max_new_tokens=40000 max_prompt_tok
 WORDS = table("""--data=Nobody/None => Nobody/None can't | --model=Nobody/None => Nobody/None can't
     --data={tmp}/no.jsonl => no.jsonl ... No such file | --data={tmp}/no => /no ... no such file
     --data=toy/args => toy/args ... ends in none of .jsonl | --seed=-1 => must be at least 0
-    --data={tmp}/empty.parquet => empty.parquet can't
+    --data={tmp}/empty.parquet => empty.parquet can't | --instruction=none => equal prompts
     @{tmp}/no => No such file | @{tmp}/model/model.safetensors => utf-8 | RANK=1 => error
     --output_dir={tmp}/empty.parquet => empty.parquet | RANK=0 WORLD_SIZE=0 => error
     --output_dir={tmp}/empty.parquet/a => empty.parquet | WORLD_SIZE=0 => error
-    --output_dir={tmp}/model => not empty | --instruction=none => equal prompts
+    --output_dir={tmp}/model => not empty | --teacher={tmp}/no --refresh_every=0 => no can't be used
     --teacher=toy => --refresh_every 0 | --refresh_share=0.1 --refresh_every=0 => --refresh_share
-    --teacher={tmp}/model --instruction=none --refresh_every=0 => nothing to learn
-    --teacher={tmp}/no --refresh_every=0 => no can't be used""")
+    --teacher={tmp}/model --instruction=none --refresh_every=0 => nothing to learn""")
 WORDS += [(f"--{value}", f"--{value.split('=')[0]}") for value in VALUES.split()]
 FAULTS += [(opsdc, words, "empty.parquet", "", message) for words, message in WORDS]
 DATA = table("""{"problem": "a", "answer": null} => answer is None
@@ -1145,9 +1133,6 @@ FAULTS += [(evaluation, "{tmp}/model", f"model/{f}", json.loads(new), e) for f, 
 FAULTS += [(evaluation, "toy", "model/data.jsonl", *row) for row in DATA]
 FAULTS += [(evaluation, "--responses={tmp}/r.jsonl", "r.jsonl", *row) for row in SAMPLES]
 FAULTS += [(evaluation, words, "file", "", message) for words, message in WORDS]
-BENCHMARKS = table("""loss --tokens 40 --hidden 16 --vocabulary 900 --rounds 1 => plain
-    memory => 1 x 80 GB | step --config {} --flags=--max_new_tokens=5 => --offload
-    rollout --config {} --prompt_tokens 9 --new_tokens 5 --rows 1 3 => 3 rows""")
 
 
 @pytest.mark.parametrize("program, end, file, new, said", FAULTS)
@@ -1163,10 +1148,3 @@ def test_faults_are_refused(monkeypatch, small_run, tiny, tmp_path, program, end
     run += ["--max_new_tokens=4", f"--data={model}/data.jsonl", f"--output_dir={tmp_path}/run"]
     refused(program, [*run, *(w for w in words if w not in environment)], said, tmp_path)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("command, shown", BENCHMARKS)
-def test_every_benchmark_runs_with_tiny_shapes(command, shown):
-    from results import bench
-
-    assert shown in call(bench, *command.format(TOY / "config.json").split())
