@@ -68,13 +68,6 @@ def by_the_book(student, teacher, triples, kind):
     return torch.stack(means).mean(0)
 
 
-STATISTICS = ["loss", "student_entropy", "teacher_entropy"]
-
-
-def close(actual, expected, atol=1e-5, rtol=1e-5):
-    torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol)
-
-
 def read_rows(path):
     return [json.loads(line) for line in path.open(encoding="utf-8")]
 
@@ -108,10 +101,33 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
+FIRST = "Solve the following math problem step by step."
+FORMAT = "The last line of your response should be of the form Answer: $Answer (without quotes) "
+FORMAT += "where $Answer is the answer to the problem."
+REMEMBER = 'Remember to put your answer on its own line after "Answer:".'
+PAPER = f"{FIRST} {FORMAT}\n\n{{}}\n\n{REMEMBER}"
+INSTRUCTIONS = {
+    "v1": """Solve the following math problem concisely and correctly. Be direct: avoid unnecessary
+        elaboration, redundant steps, or restating the problem. Focus only on the key reasoning
+        steps needed to reach the answer.""",
+    "v2": """Solve the following math problem concisely and correctly. Prioritize a correct final
+        answer above brevity. For straightforward problems, be direct: avoid unnecessary
+        elaboration, redundant steps, or restating the problem. For difficult or multi-step
+        problems, do NOT over-compress: keep every reasoning step needed for correctness, including
+        case analysis, edge cases, and a brief check of the final answer. Never omit a step that the
+        answer depends on.""",
+    "percent:35": """Solve the following math problem correctly using 35% fewer tokens than you
+        normally would. Be more concise: cut unnecessary elaboration, redundant steps, and verbose
+        explanations while preserving correctness.""",
+    "Answer in French.": "Answer in French.",
+}
 TOKENIZER = AutoTokenizer.from_pretrained(TOY)
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+STATISTICS = ["loss", "student_entropy", "teacher_entropy"]
+close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
 STOPS = [*range(200), 256]  # so that a random model stops
 PROBLEMS = ["Why?" * n for n in (5, 1, 9, 2, 8, 3, 7, 4, 6, 30)]  # the last is too long
+GSM8K = [{"question": f"{i} + 3?", "answer": f"Up.\n#### {i + 3}"} for i in range(6)]  # its form
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +151,7 @@ def group():
 
 
 def call(program, *arguments, seam=(), code=0):
-    """Runs a program's command line in this process and asserts its exit code; returns its output,
-    or its error where the code is not 0."""
+    """Runs a command line in this process; returns what it printed, or of a failure the error."""
     out, err, found = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
@@ -166,11 +181,14 @@ def refused(program, arguments, message, directory):
 
 SERVER = multiprocessing.get_context("forkserver")  # preloads what eval.py says
 os.environ["PYTHONPATH"] = str(HERE)  # for the server
+INT, TERM, HUP, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL
+GENERATE, SAVE = "transformers.GenerationMixin.generate", "opsdc.Model.save_pretrained"
+FULL = (GENERATE, 1, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (9999, -1)))  # a full disk
+NOHUP = ("opsdc.catch_signals", 1, partial(signal.signal, HUP, signal.SIG_IGN))
 
 
 def start(program, *arguments, accidents=(), ranks=1, code=0):
-    """Runs a program in processes that have imported it and asserts the first one's exit code;
-    returns its output and error."""
+    """Runs a program in processes that have imported it; returns what the first has written."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as directory:
@@ -199,16 +217,15 @@ def run_program(output, name, arguments, accidents, ranks, port):
 
 def happen_before(name, number, accident):
     """Makes the n-th call of a function begin with a signal or another accident."""
-    module, _, name = name.rpartition(".")
-    module, calls = pkgutil.resolve_name(module), itertools.count(1)
-    function = getattr(module, name)
+    function, calls = pkgutil.resolve_name(name), itertools.count(1)
+    owner, _, name = name.rpartition(".")
 
     def wrapped(*arguments, **options):
         if next(calls) == number:
             accident() if callable(accident) else os.kill(os.getpid(), accident)
         return function(*arguments, **options)
 
-    setattr(module, name, wrapped)
+    setattr(pkgutil.resolve_name(owner), name, wrapped)
 
 
 def torchrun(program, *arguments):
@@ -225,37 +242,14 @@ def outcome(output_dir):
     return rows, AutoModelForCausalLM.from_pretrained(output_dir).state_dict()
 
 
-FIRST = "Solve the following math problem step by step."
-FORMAT = "The last line of your response should be of the form Answer: $Answer (without quotes) "
-FORMAT += "where $Answer is the answer to the problem."
-REMEMBER = 'Remember to put your answer on its own line after "Answer:".'
-PAPER = f"{FIRST} {FORMAT}\n\n{{}}\n\n{REMEMBER}"
-INSTRUCTIONS = {
-    "v1": """Solve the following math problem concisely and correctly. Be direct: avoid unnecessary
-        elaboration, redundant steps, or restating the problem. Focus only on the key reasoning
-        steps needed to reach the answer.""",
-    "v2": """Solve the following math problem concisely and correctly. Prioritize a correct final
-        answer above brevity. For straightforward problems, be direct: avoid unnecessary
-        elaboration, redundant steps, or restating the problem. For difficult or multi-step
-        problems, do NOT over-compress: keep every reasoning step needed for correctness, including
-        case analysis, edge cases, and a brief check of the final answer. Never omit a step that the
-        answer depends on.""",
-    "percent:35": """Solve the following math problem correctly using 35% fewer tokens than you
-        normally would. Be more concise: cut unnecessary elaboration, redundant steps, and verbose
-        explanations while preserving correctness.""",
-    "Answer in French.": "Answer in French.",
-}
-
-
 @pytest.mark.parametrize("instruction", INSTRUCTIONS)
-def test_prompts_are_the_papers(instruction):
+def test_prompts_and_defaults_are_the_papers(instruction):
     problem, c = "What is {1} + {opening}? ", " ".join(INSTRUCTIONS[instruction].split())
-    plain = PAPER.format(problem)
+    plain, own = PAPER.format(problem), "{problem} Again: {problem}"
     pair = user(plain), user(f"{c}\n\n{FORMAT}\n\n{problem}\n\n{REMEMBER}")
     assert opsdc.prompt_pair(user(problem), "none") == (pair[0], pair[0])
     chat = [{"role": "system", "content": "Be kind."}, *user("Hi"), {"role": "assistant"}]
     boxed = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-    own = "{problem} Again: {problem}"
     for asked in (problem, plain):  # the second as DAPO-Math has it
         assert opsdc.prompt_pair(user(asked), instruction) == pair
         after = tuple([*chat, *turn] for turn in pair)
@@ -264,9 +258,6 @@ def test_prompts_are_the_papers(instruction):
             asks = text.replace("{problem}", asked if style == "plain" else problem)
             x, x_c = opsdc.prompt_pair([*chat, *user(asked)], instruction, style)
             assert x == [*chat, *user(asks)] and x_c == [*chat, *user(f"{c}\n\n{asks}")]
-
-
-def test_defaults_are_the_papers():
     paper = """model=Qwen/Qwen3-8B data=YouJiacheng/DAPO-Math-17k-dedup instruction=v1 prompt=paper
         divergence=reverse_kl batch_size=32 refresh_every=50 refresh_share=1.0 learning_rate=1e-06
         weight_decay=0.01 max_grad_norm=1.0 temperature=1.0 top_p=1.0 max_new_tokens=8192
@@ -420,6 +411,21 @@ X = [[11, 12, 13], [21], [31, 32], [41, 42, 43, 44], [45]]
 X_C = [[9, 9, 11, 12], [9, 21], [9, 9, 9, 9, 31, 32], [9, 41], [9, 9, 9]]
 Y = [[4, 2], [3, 4, 5, 6, 7, 1], [8, 1], [0, 0, 0, 0, 0, 0], [1]]  # 0 is a token that also pads
 TRIPLES = list(zip(X, X_C, Y, strict=True))
+FAMILIES = {"gemma3_text": {"sliding_window": 4, "query_pre_attn_scalar": 8}}
+FAMILIES |= {"gpt_neox": {"hidden_dropout": 0.5, "attention_dropout": 0.5}}  # dropout is off
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MIXTURE |= {"output_router_logits": True}  # as some ship: an auxiliary loss, which is not ours
+FAMILIES |= {"mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}, "qwen3_moe": MIXTURE}
+UNUSABLE = [("phi", {"bias": 0}, None), ("gemma2", {"final_logit_softcapping": 30.0}, None)]
+UNUSABLE += [("granite", {"logits_scaling": 1.02}, None), ("cohere", {"logit_scale": 0.5}, None)]
+LOST = ["layers.1.mlp.up_proj", "layers.1", "lm_head", "", math.nan, math.inf]
+UNUSABLE += [("phi", {"bias": 1}, None), *(("llama", {}, lost) for lost in LOST)]
+OPTIONS = {"instruction": "Answer in a word.", "prompt": "plain", "divergence": "jsd", "seed": 7}
+OPTIONS |= {"refresh_every": 2, "refresh_share": 0.25, "steps": 5, "batch_size": 4, "offload": True}
+OPTIONS |= {"micro_batch_size": 3, "rollout_batch_size": 2, "max_new_tokens": 5, "save_every": 3}
+OPTIONS |= {"temperature": 0.7, "top_p": 0.8, "learning_rate": 1e-3, "weight_decay": 0.3}
+OPTIONS |= {"max_grad_norm": 0.25, "max_prompt_tokens": 100}
+SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 0, "max_new_tokens": 5, "do_sample": True}
 
 
 def gradients_of(model, loss):
@@ -454,13 +460,6 @@ def test_loss_and_gradients_equal_autograd(monkeypatch, kind, family, tied, head
     assert max(g.abs().max() for g in gradients_of(models[0], loss).values()) < 1e-5
 
 
-FAMILIES = {"gemma3_text": {"sliding_window": 4, "query_pre_attn_scalar": 8}}
-FAMILIES |= {"gpt_neox": {"hidden_dropout": 0.5, "attention_dropout": 0.5}}  # dropout is off
-MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-MIXTURE |= {"output_router_logits": True}  # as some ship: an auxiliary loss, which is not ours
-FAMILIES |= {"mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2}, "qwen3_moe": MIXTURE}
-
-
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_families_train_in_fp32_as_on_full_logits(group, tmp_path, kind):
     stored = torch.bfloat16 if kind == "mixtral" else torch.float32
@@ -476,8 +475,7 @@ def test_families_train_in_fp32_as_on_full_logits(group, tmp_path, kind):
     gradients = gradients_of(plain, expected)
     found = {name[6:]: weight.grad.full_tensor() for name, weight in student.named_parameters()}
     close((loss, found), (expected, gradients))
-    total = torch.nn.utils.get_total_norm(list(gradients.values()))
-    assert norm == pytest.approx(total.item(), rel=1e-5)
+    assert norm == pytest.approx(torch.nn.utils.get_total_norm(gradients.values()).item(), rel=1e-5)
     halves = (opsdc.shard(opsdc.load_model(str(p)), opsdc.Config(dtype="bfloat16")) for p in paths)
     loss, _ = opsdc.distillation_loss(*halves, TRIPLES, "reverse_kl", 5)
     assert 0 < abs(loss.item() / expected.item() - 1) < 0.05
@@ -488,12 +486,6 @@ def test_families_train_in_fp32_as_on_full_logits(group, tmp_path, kind):
     copy.save_pretrained(tmp_path / "saved")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
     close(saved, plain.state_dict(), atol=0, rtol=0)
-
-
-UNUSABLE = [("phi", {"bias": 0}, None), ("gemma2", {"final_logit_softcapping": 30.0}, None)]
-UNUSABLE += [("granite", {"logits_scaling": 1.02}, None), ("cohere", {"logit_scale": 0.5}, None)]
-LOST = ["layers.1.mlp.up_proj", "layers.1", "lm_head", "", math.nan, math.inf]
-UNUSABLE += [("phi", {"bias": 1}, None), *(("llama", {}, lost) for lost in LOST)]
 
 
 @pytest.mark.parametrize("kind, options, lost", UNUSABLE)
@@ -520,14 +512,6 @@ def test_norms_of_large_gradients_are_right(group):
     weight = SimpleNamespace(grad=SimpleNamespace(to_local=lambda: piece.repeat(256)))
     norm = opsdc.clip_gradients(SimpleNamespace(parameters=lambda: [weight]), 1e9)
     assert norm == pytest.approx(piece.double().norm().item() * 16, rel=1e-5)
-
-
-OPTIONS = {"instruction": "Answer in a word.", "prompt": "plain", "divergence": "jsd", "seed": 7}
-OPTIONS |= {"refresh_every": 2, "refresh_share": 0.25, "steps": 5, "batch_size": 4, "offload": True}
-OPTIONS |= {"micro_batch_size": 3, "rollout_batch_size": 2, "max_new_tokens": 5, "save_every": 3}
-OPTIONS |= {"temperature": 0.7, "top_p": 0.8, "learning_rate": 1e-3, "weight_decay": 0.3}
-OPTIONS |= {"max_grad_norm": 0.25, "max_prompt_tokens": 100}
-SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 0, "max_new_tokens": 5, "do_sample": True}
 
 
 def record(options, program=opsdc):
@@ -591,10 +575,9 @@ def test_a_run_is_algorithm_1_on_full_logits(tiny, tmp_path):
     assert len({asked.seed for asked in [*calls, other]}) == len(calls) + 1
     assert other.prompts != calls[0].prompts
 
-    keys = "step loss completion_tokens truncated student_entropy teacher_entropy grad_norm "
-    keys += "rollout_seconds update_seconds peak_gpu_gb refreshed"
     metrics = read_rows(run / "metrics.jsonl")
-    assert all(set(row) == set(keys.split()) for row in metrics)
+    keys = {*rows[0], "rollout_seconds", "update_seconds", "peak_gpu_gb"}
+    assert all(row.keys() == keys for row in metrics)
     for step in (1, 3, 5):  # the first, a saved one, the last: all four completions are kept
         rows = read_rows(run / f"rollouts-{step}.jsonl")
         means = [sum(row["divergence"]) / len(row["tokens"]) for row in rows]
@@ -638,16 +621,10 @@ def test_two_ranks_equal_one_and_each_resumes_the_other(monkeypatch, small_run, 
     model, trim = shutil.copytree(tiny, tmp_path / "model"), ("content", "content | trim")
     change(model / "chat_template.jinja", TOKENIZER.chat_template.replace(*trim))  # one prompt
     run = [*small_run, f"--data={data}", f"--model={model}", f"--output_dir={tmp_path}/run"]
-    said = start(opsdc, *run, "--batch_size=1", ranks=2, code=2)
-    assert "--batch_size 1 is no multiple" in said
+    assert "--batch_size 1 is no multiple" in start(opsdc, *run, "--batch_size=1", ranks=2, code=2)
     start(opsdc, *run, "--batch_size=2", ranks=2)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert any(row["completion_tokens"] % 1 for row in rows)  # equal samples: a whole mean
-
-
-INT, TERM, HUP, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL
-GENERATE, SAVE = "transformers.GenerationMixin.generate", "opsdc.Model.save_pretrained"
-FULL = (GENERATE, 1, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (9999, -1)))  # a full disk
 
 
 def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_path):
@@ -668,7 +645,7 @@ def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_p
         ([(SAVE, 1, KILL)], -9, "", 6, 8),  # in the middle of saving the end
         ([("opsdc.Tokenizer.save_pretrained", 2, KILL)], -9, "", 6, 8),
         ([("opsdc.Path.touch", 1, KILL)], -9, "", 6, 8),
-        ([], 0, "", 6, 8),
+        ([NOHUP, (GENERATE, 1, HUP)], 0, "", 6, 8),  # what it ignores stays ignored
     ]
     kept = {}
     for accidents, code, words, newest, rows in disturbances:
@@ -684,14 +661,6 @@ def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_p
         kept = steps
     assert (disturbed / "finished").exists()
     close(outcome(disturbed), outcome(whole), atol=0, rtol=0)
-
-
-def test_what_nohup_ignores_stays_ignored():
-    before = [signal.signal(number, signal.SIG_IGN) for number in (INT, TERM, HUP)]
-    caught = opsdc.catch_signals()
-    signal.raise_signal(HUP)
-    [signal.signal(*pair) for pair in zip((INT, TERM, HUP), before, strict=True)]
-    assert not caught
 
 
 def test_every_rollout_ends_at_a_stop_id_of_model_teacher_or_tokenizer(tmp_path):
@@ -721,8 +690,7 @@ def test_a_part_of_a_checkpoint_trains_and_says_so(tiny, small_run, tmp_path):
     """In bf16, a mixture of experts, as the text model of one that also sees."""
     model = tiny_model("qwen3_moe", vocab_size=821, **MIXTURE)
     path = shutil.copytree(tiny, tmp_path / "model")
-    weights = model.state_dict() | {"model.visual.x": torch.ones(2)}
-    model.save_pretrained(path, state_dict=weights)
+    model.save_pretrained(path, state_dict=model.state_dict() | {"model.visual.x": torch.ones(2)})
     run = [*small_run, f"--model={path}", "--steps=2", f"--output_dir={tmp_path}/run"]
     line, *steps = start(opsdc, *run, "--dtype=bfloat16").strip().splitlines()
     assert str(path) in line and "model.visual.x" in line
@@ -782,8 +750,6 @@ def test_a_gpu_without_bf16_is_refused(monkeypatch):
 
 
 # ---- eval.py -------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def grade():
     with evaluation.grading_pool(2) as pool:
@@ -862,16 +828,15 @@ def test_final_reads_the_answer_stated_last(grade):
         Answer: $(\frac{1}{2}, 3)$ => (0.5, 3) | Answer: $x=1, y=2$ => (1, 2)"""
     wrong = r"""5 | so it must be $5$ | the result is 5 | Answer: | Answer: not 5 | Answer: 5x
         Answer: $5$ if $x=1$ | <think>Answer: 5 | \boxed{5 | Answer: 50 | Answer: 5, 6
-        <think>1</think><think>Answer: 5 | Answer: 5 \boxed{6} | Answer: 5¶¶Answer: 6
-        Answer: 5 of 20 | Answer: $a$ or 5 | Answer: 5 times | Answer: 5 million
-        Answer: 5 hundred zorgs | \boxed{5 \text{ million}} | Answer: 5 halves
-        Answer: 5 or 6 zorgs | Answer: at least 5 | Answer: $52_7$ => 52_8
+        <think>1</think><think>Answer: 5 | Answer: 5 \boxed{6} | Answer: 4:30 AM => \text{4:30 p.m.}
+        Answer: 5 of 20 | Answer: $a$ or 5 | Answer: 5 times | \boxed{4:30} => \text{4:30 p.m.}
+        Answer: 5 hundred zorgs | \boxed{5 \text{ million}} | Answer: 5 halves | Answer: 5 million
+        Answer: 5 or 6 zorgs | Answer: at least 5 | Answer: $52_7$ => 52_8 | Answer: 5¶¶Answer: 6
         Answer: $\{1,2\}$ => (1,2) | Answer: (1,2) => (2,1) | Answer: (1,2) => \{1,2\}
         Answer: 1\,23 => 123 | \boxed{5} or \boxed{4} | the answer = 5 | #### 5¶#### No
         ### Answer¶5. First, add. | ### Answer¶We have $5$. | Answer: 5 (dozen) | #### 5. First
         The answer is $5$. Or is it? | I doubt that the answer is 5. | The answer is not $5$.
-        Answer: 1, 2 => (1, 2) | \boxed{\frac12, 2} => (\frac{1}{2}, 2) | Answer: 52 => 52_8
-        \boxed{4:30} => \text{4:30 p.m.} | Answer: 4:30 AM => \text{4:30 p.m.}"""
+        Answer: 1, 2 => (1, 2) | \boxed{\frac12, 2} => (\frac{1}{2}, 2) | Answer: 52 => 52_8"""
     right += " | Answer: 5. " + "It is so. " * 200
     wrong += " |  | Answer: 5" + "5" * 1000
     for texts, expected in ((right, True), (wrong, False)):
@@ -902,9 +867,6 @@ def test_hostile_responses_are_wrong_and_harm_no_other(grade):
     assert mixed["final"] and not mixed["answer_only"] and mixed["errors"]
 
 
-GSM8K = [{"question": f"{i} + 3?", "answer": f"Up.\n#### {i + 3}"} for i in range(6)]  # its form
-
-
 @pytest.fixture
 def asked(monkeypatch):
     """Replaces rollouts by "Answer: 5"; returns a list of what each of them was called with."""
@@ -920,8 +882,7 @@ def asked(monkeypatch):
 
 
 def test_settings_reach_the_rollouts(asked, monkeypatch, tmp_path):
-    data, plain = write_rows(tmp_path / "sums.jsonl", GSM8K), tmp_path / "plain"
-    shutil.copytree(TOY, plain)
+    data, plain = write_rows(tmp_path / "sums.jsonl", GSM8K), shutil.copytree(TOY, tmp_path / "p")
     change(plain / "run.json", '{"config": {"prompt": "plain"}}')
     change(plain / "chat_template.jinja", TOKENIZER.chat_template + "<think>\n")  # to be closed
     arguments = ["--data", data, "--samples=2", "--batch_size=4", "--top_p=0.5", "--top_k=7"]
@@ -1032,20 +993,18 @@ def test_the_report_says_what_its_rows_say(tmp_path):
         assert row["problems"] == len(chosen) // 2 and shown.items() >= cells.items()
 
 
-EVALUATE = [TOY, TOY, "--prompt", "student", "v1", f"--data={TOY}/test.jsonl", "--samples=2"]
-EVALUATE += ["--limit=8", "--max_new_tokens=64", "--batch_size=4"]
-
-
 def test_an_interrupted_evaluation_ends_as_one_on_two_ranks(tmp_path):
+    options = [TOY, TOY, "--prompt", "student", "v1", f"--data={TOY}/test.jsonl", "--samples=2"]
+    options += ["--limit=8", "--max_new_tokens=64", "--batch_size=4"]
     one, two = tmp_path / "one", tmp_path / "two"
-    run, records = [*EVALUATE, f"--output_dir={one}"], one / "samples-0.jsonl"
+    run, records = [*options, f"--output_dir={one}"], one / "samples-0.jsonl"
     said = start(evaluation, *run, accidents=[("opsdc.rollout", 3, INT)], code=130)
     assert "goes on where it stopped" in said and "Traceback" not in said, said
     start(evaluation, *run, accidents=[("eval.grade", 4, KILL)], code=-9)
     assert len(read_rows(records)) == 20
     change(records, records.read_bytes()[:-20])
     start(evaluation, *run)
-    torchrun(evaluation, *EVALUATE, f"--output_dir={two}")
+    torchrun(evaluation, *options, f"--output_dir={two}")
     lines = [(two / f"samples-{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
     assert len(lines[0]) == len(lines[1]) == 16
     assert sorted(lines[0] + lines[1]) == sorted(records.read_text().splitlines())
@@ -1091,9 +1050,6 @@ def test_ctrl_c_during_imports_and_a_safe_path(tmp_path):
     assert run.returncode == 0 and b"--prompt_style" in run.stdout
 
 
-# ---- Faults: what becomes of a file, as JSON, or is said; and what the one line says -------------
-
-
 def test_an_error_ends_a_run_with_one_line_and_no_update(monkeypatch, small_run, tmp_path):
     full_disk = Mock(side_effect=OSError(28, "No space left on device", "metrics.jsonl"))
     broken = Mock(side_effect=lambda states, head: states @ head.T * math.nan)
@@ -1109,6 +1065,7 @@ def test_an_error_ends_a_run_with_one_line_and_no_update(monkeypatch, small_run,
         assert not (tmp_path / name / "model.safetensors").exists()
 
 
+# ---- Faults: what becomes of a file, as JSON, or is said; and what the one line says -------------
 MODEL = table(r"""chat_template.jinja => null => chat_template is not set
     chat_template.jinja => "Why?" => equal prompts | model.safetensors => "" => deserializing
     config.json => "{" => not a valid JSON | config.json => {"model_type": "t5"} => T5Config
@@ -1122,12 +1079,11 @@ MODEL = table(r"""chat_template.jinja => null => chat_template is not set
 FAULTS = [(opsdc, "", f"model/{file}", json.loads(new), said) for file, new, said in MODEL]
 TEACHER, WORDS = "--teacher=toy --refresh_every=0", {"extra_special_tokens": ["another"]}
 FAULTS += [(opsdc, TEACHER, "model/tokenizer_config.json", WORDS, "of toy has other words than")]
-DATA = table(r"""=> has no rows | [1, 2] => row 1 ... its columns are [], without a problem
+DATA = table(r"""[1, 2] => row 1 ... its columns are [], without a problem | {"prompt": []} => row 1
     {"problem": null} => row 1 | {"text": "", "id": 1} => row 1 ... its columns are ['text', 'id']
-    {"problem": "a"}¶{"problem": " "} => row 2 ... ends with a text of the user
-    {"problem": "a"}¶{"problem": "b¶ => line 2 | {"prompt": []} => row 1
+    {"problem": "a"}¶{"problem": " "} => row 2 ... ends with a text of the user | => has no rows
     {"problem": "\udcff"} => row 1 ... surrogate | {"prompt": [1]} => row 1 ... ['prompt']
-    {"problem": 7} => row 1 ... ['problem']
+    {"problem": 7} => row 1 ... ['problem'] | {"problem": "a"}¶{"problem": "b¶ => line 2
     {"prompt": [{"role": "system", "content": "a"}]} => row 1 ... ends with a text of the user
     {"prompt": [{"role": "user", "content": [{"type": "image"}]}]} => row 1 ... not made of texts
     {"prompt": [{"role": "", "content": "\udcff"}, {"role": "user", "content": "a"}]} => row 1""")
@@ -1140,14 +1096,13 @@ VALUES += "instruction= rate=1 batch_size=11 max_new_tokens=40000 max_prompt_tok
 WORDS = table("""--data=Nobody/None => Nobody/None can't | --model=Nobody/None => Nobody/None can't
     --data={tmp}/no.jsonl => no.jsonl ... No such file | --data={tmp}/no => /no ... no such file
     --data=toy/args => toy/args ... ends in none of .jsonl | --seed=-1 => must be at least 0
-    --data={tmp}/empty.parquet => empty.parquet can't
+    --data={tmp}/empty.parquet => empty.parquet can't | --instruction=none => equal prompts
     @{tmp}/no => No such file | @{tmp}/model/model.safetensors => utf-8 | RANK=1 => error
     --output_dir={tmp}/empty.parquet => empty.parquet | RANK=0 WORLD_SIZE=0 => error
     --output_dir={tmp}/empty.parquet/a => empty.parquet | WORLD_SIZE=0 => error
-    --output_dir={tmp}/model => not empty | --instruction=none => equal prompts
+    --output_dir={tmp}/model => not empty | --teacher={tmp}/no --refresh_every=0 => no can't be used
     --teacher=toy => --refresh_every 0 | --refresh_share=0.1 --refresh_every=0 => --refresh_share
-    --teacher={tmp}/model --instruction=none --refresh_every=0 => nothing to learn
-    --teacher={tmp}/no --refresh_every=0 => no can't be used""")
+    --teacher={tmp}/model --instruction=none --refresh_every=0 => nothing to learn""")
 WORDS += [(f"--{value}", f"--{value.split('=')[0]}") for value in VALUES.split()]
 FAULTS += [(opsdc, words, "empty.parquet", "", message) for words, message in WORDS]
 DATA = table("""{"problem": "a", "answer": null} => answer is None
@@ -1193,15 +1148,3 @@ def test_faults_are_refused(monkeypatch, small_run, tiny, tmp_path, program, end
     run += ["--max_new_tokens=4", f"--data={model}/data.jsonl", f"--output_dir={tmp_path}/run"]
     refused(program, [*run, *(w for w in words if w not in environment)], said, tmp_path)
     assert not (tmp_path / "run").exists()
-
-
-BENCHMARKS = table("""loss --tokens 40 --hidden 16 --vocabulary 900 --rounds 1 => plain
-    memory => 1 x 80 GB | step --config {} --flags=--max_new_tokens=5 => --offload
-    rollout --config {} --prompt_tokens 9 --new_tokens 5 --rows 1 3 => 3 rows""")
-
-
-@pytest.mark.parametrize("command, shown", BENCHMARKS)
-def test_every_benchmark_runs_with_tiny_shapes(command, shown):
-    from results import bench
-
-    assert shown in call(bench, *command.format(TOY / "config.json").split())

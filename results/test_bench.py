@@ -1,0 +1,20 @@
+"""Test of bench.py. Run: pytest"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from test_opsdc import TOY, call, table
+
+BENCHMARKS = table("""loss --tokens 40 --hidden 16 --vocabulary 900 --rounds 1 => plain
+    memory => 1 x 80 GB | step --config {} --flags=--max_new_tokens=5 => --offload
+    rollout --config {} --prompt_tokens 9 --new_tokens 5 --rows 1 3 => 3 rows""")
+
+
+@pytest.mark.parametrize("command, shown", BENCHMARKS)
+def test_every_benchmark_runs_with_tiny_shapes(command, shown):
+    from results import bench
+
+    assert shown in call(bench, *command.format(TOY / "config.json").split())
