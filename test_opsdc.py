@@ -151,7 +151,7 @@ def group():
 
 
 def call(program, *arguments, seam=(), code=0):
-    """Runs a command line in this process; returns what it printed, or of a failure the error."""
+    """Runs a program, which must end with `code`, in this process; returns its output or error."""
     out, err, found = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdout", out)
@@ -188,7 +188,7 @@ NOHUP = ("opsdc.catch_signals", 1, partial(signal.signal, HUP, signal.SIG_IGN))
 
 
 def start(program, *arguments, accidents=(), ranks=1, code=0):
-    """Runs a program in processes that have imported it; returns what the first has written."""
+    """Runs a program, whose rank 0 must end with `code`, in new processes; returns its output."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as directory:
