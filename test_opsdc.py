@@ -1074,7 +1074,7 @@ MODEL = table(r"""chat_template.jinja => null => chat_template is not set
     config.json => {"model_type": "x", "auto_map": {"AutoConfig": "own.X"}} => model can't be used
     generation_config.json => {"eos_token_id": [1, 821]} => its stop ids [1, 821, 2]
     model.safetensors => null => no file named model.safetensors
-    tokenizer_config.json => {"extra_special_tokens": ["assistant\n"]} => or for a word of a
+    tokenizer_config.json => {"extra_special_tokens": ["assistant\n"]} => lacks tokens of its
     tokenizer_config.json => {"backend_tokenizer": 1} => not JSON serializable""")
 FAULTS = [(opsdc, "", f"model/{file}", json.loads(new), said) for file, new, said in MODEL]
 TEACHER, WORDS = "--teacher=toy --refresh_every=0", {"extra_special_tokens": ["another"]}
