@@ -114,6 +114,7 @@ def simulate(shape: hf.PreTrainedConfig, ranks: int, offload: bool, micro: int) 
         mock.patch.multiple(opsdc, CUDA=True, DEVICE=GPU),
         mock.patch.object(opsdc.fsdp, "fully_shard", fully_shard),
         mock.patch(device_of_mesh, lambda _: GPU),
+        mock.patch.object(hf.masking_utils, "is_tracing", lambda *_: False),  # else with a mask
         mock.patch.object(torch.nn.Module, "float", lambda module: module),  # models are fp32
         mock.patch.object(torch.UntypedStorage, "resize_", resize),
         mock.patch.object(opsdc.ChunkedDivergence, "apply", loss_phase),
