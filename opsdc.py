@@ -109,7 +109,9 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="global L2 norm; larger gradients are clipped")
     save_every: int = HfArg(default=50, help="steps between checkpoints; 0 saves only the end")
     seed: int = HfArg(default=0, help="of data order and sampling")
-    dtype: Literal["float32", "bfloat16"] = HfArg(default=DTYPE, help="of all but the optimizer")
+    dtype: Literal["float32", "bfloat16"] = HfArg(
+        default=DTYPE, help="of computing; weights stay fp32"
+    )
     offload: bool = HfArg(default=False, help="keep fp32 weights and AdamW in host memory")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in output_dir")
 
@@ -149,8 +151,8 @@ def prompt_pair(chat: Chat, instruction: str, style: str = "paper") -> tuple[Cha
     "What is 1 + 1?" with the instruction v1, shortened:
         x         Solve the following ... step by step. The last line of ... What is 1 + 1? ...
         (x, c)    Solve the following ... concisely and ... The last line of ... What is 1 + 1? ...
-    In other styles c and an empty line stand in front of the student's text. With the instruction
-    `none` the teacher gets x too. Raises BadInput for other single words and for unknown styles.
+    c is a paragraph of its own; in other styles than the paper's it comes before all of x. With the
+    instruction `none` the teacher gets x too. Raises BadInput for other words and unknown styles.
     """
     template, c = PROMPTS.get(style, style), INSTRUCTIONS.get(instruction, instruction)
     require(
@@ -170,12 +172,12 @@ def prompt_pair(chat: Chat, instruction: str, style: str = "paper") -> tuple[Cha
 
 @torch.no_grad()
 def rollout(model: Model, prompts: list[Ids], batch_size: int) -> list[Ids]:
-    """Samples one completion of each prompt, batch_size at a time, by model.generation_config, made
-    by `sampling_settings`. It ends with its first stop id; one cut at max_new_tokens has none."""
+    """Samples one completion of each prompt, batch_size at a time, with the model's settings (see
+    `sampling_settings`). A completion ends with its first stop id; one that was cut has none."""
     settings, completions = model.generation_config, []
     pad = partial(pad_sequence, batch_first=True, padding_side="left")  # completions start together
     bar = tqdm(unit="token", leave=False, disable=QUIET)
-    bar.put, bar.end = lambda _: bar.update(), bar.refresh  # generate() calls these of a streamer
+    bar.put, bar.end = lambda _: bar.update(), bar.refresh  # what generate() calls in a streamer
     for start in range(0, len(prompts), batch_size):
         rows = [torch.tensor(prompt) for prompt in prompts[start : start + batch_size]]
         input_ids = pad(rows, padding_value=settings.pad_token_id).to(DEVICE)  # (B, P)
@@ -245,7 +247,7 @@ def divergence(student_logps: torch.Tensor, teacher_logps: torch.Tensor, kind: s
 
 
 def project(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Logits (N, V) in fp32: rounding them to bf16 changes them by more than the KL itself."""
+    """Logits (N, V) in fp32: rounded to bf16, their error would be larger than the KL."""
     if CUDA:
         return torch.mm(states, head.T, out_dtype=torch.float32)  # the operands stay in bf16
     return states.float() @ head.float().T
@@ -261,7 +263,7 @@ class ChunkedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_states, student_head, teacher_states, teacher_head, weights, kind):
         """States (T, H), heads (V, H), weights (T,) -> the loss; statistics by name, (T,) each."""
-        vocabulary = min(len(student_head), len(teacher_head))  # without rows that pad only one
+        vocabulary = min(len(student_head), len(teacher_head))  # a head may be padded with rows
         q_head, p_head, chunks = student_head[:vocabulary], teacher_head[:vocabulary], []
         grad_states = torch.empty_like(student_states)
         grad_head = torch.zeros_like(student_head, dtype=torch.float32)  # 2.5 GB for Qwen3-8B
@@ -338,7 +340,7 @@ def train(config: Config, complete: Callable[[Model, list[Ids], int], list[Ids]]
     student = shard(load_model(config.model), config)
     teacher = shard(load_model(config.teacher or config.model).requires_grad_(False), config)
     sampler = load_model(config.model, config.dtype, DEVICE)
-    ids = [ids for *pair, _ in prompts for ids in pair]
+    ids = [prompt for x, x_c, _ in prompts for prompt in (x, x_c)]
     sampler.generation_config = sampling_settings(config, [sampler, teacher.model], tokenizer, ids)
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(student.parameters(), **options)
@@ -347,7 +349,7 @@ def train(config: Config, complete: Callable[[Model, list[Ids], int], list[Ids]]
         load_checkpoint(output_dir / f"step-{done}", student, teacher, optimizer)
         copy_to_sampler(student, sampler)
     bar = tqdm(initial=done, total=config.steps, unit="step", disable=QUIET)
-    signals = catch_signals()  # grows with Ctrl-C and the like
+    signals = catch_signals()  # a list with an entry for each Ctrl-C, SIGTERM or SIGHUP
     data = enumerate(batches(prompts, config.batch_size, config.seed), 1)
     for step, batch in itertools.islice(data, done, config.steps):  # done + 1, ..., steps
         metrics = {"step": step}  # for the log
@@ -370,13 +372,13 @@ def train(config: Config, complete: Callable[[Model, list[Ids], int], list[Ids]]
         start = time.perf_counter()
         triples = list(zip(student_prompts, teacher_prompts, completions, strict=True))
         triples.sort(key=lambda triple: len(triple[-1]))  # less padding
-        size, share, statistics = config.micro_batch_size, len(triples), []  # share: B / ranks
-        for first in range(0, share, size):
+        size, statistics = config.micro_batch_size, []
+        for first in range(0, len(triples), size):
             part = triples[first : first + size]
-            loss, parts = distillation_loss(student, teacher, part, config.divergence, share)
-            loss.backward()  # FSDP2 averages gradients over the ranks: together 1 / B
+            loss, parts = distillation_loss(student, teacher, part, config.divergence, len(triples))
+            loss.backward()  # B / ranks triples, and FSDP2 averages over the ranks: together 1 / B
             statistics += parts
-        teacher.reshard()  # frees its embedding and head; a backward pass frees the student's
+        teacher.reshard()  # frees its embedding and head, as backward() has freed the student's
 
         # "one step on (1/B) sum_i L_i"
         metrics["grad_norm"] = clip_gradients(student, config.max_grad_norm)

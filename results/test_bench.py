@@ -9,7 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_opsdc import TOY, call, table
 
 BENCHMARKS = table("""loss --tokens 40 --hidden 16 --vocabulary 900 --rounds 1 => plain
-    memory --sizes {} --ranks 2 --micro 4 => backward | step --config {} --flags=--max_new_tokens=5 => --offload
+    memory --sizes {} --ranks 2 --micro 4 => backward
+    step --config {} --flags=--max_new_tokens=5 => --offload
     rollout --config {} --prompt_tokens 9 --new_tokens 5 --rows 1 3 => 3 rows""")
 
 
