@@ -375,9 +375,9 @@ def train(config: Config, complete: Callable[[Model, list[Ids], int], list[Ids]]
         size, statistics = config.micro_batch_size, []
         for first in range(0, len(triples), size):
             part = triples[first : first + size]
-            loss, parts = distillation_loss(student, teacher, part, config.divergence, len(triples))
+            loss, more = distillation_loss(student, teacher, part, config.divergence, len(triples))
             loss.backward()  # B / ranks triples, and FSDP2 averages over the ranks: together 1 / B
-            statistics += parts
+            statistics += more
         teacher.reshard()  # frees its embedding and head, as backward() has freed the student's
 
         # "one step on (1/B) sum_i L_i"
