@@ -109,9 +109,7 @@ class Config:
     max_grad_norm: float = HfArg(default=1.0, help="global L2 norm; larger gradients are clipped")
     save_every: int = HfArg(default=50, help="steps between checkpoints; 0 saves only the end")
     seed: int = HfArg(default=0, help="of data order and sampling")
-    dtype: Literal["float32", "bfloat16"] = HfArg(
-        default=DTYPE, help="of computing; weights stay fp32"
-    )
+    dtype: Literal["float32", "bfloat16"] = HfArg(default=DTYPE, help="of passes and rollouts")
     offload: bool = HfArg(default=False, help="keep fp32 weights and AdamW in host memory")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in output_dir")
 
