@@ -54,8 +54,7 @@ def tiny_model(kind="qwen3", seed=0, **options):
 
 
 def by_the_book(student, teacher, triples, kind):
-    """Means over a batch of mean divergence, student entropy and teacher entropy, by definition,
-    from full logits of one unpadded sequence at a time, over the rows of the smaller head."""
+    """Means over a batch of divergence and both entropies, from full logits of each sequence."""
     means, rows = [], min(model.config.vocab_size for model in (student, teacher))
     for x, x_c, y in triples:
         z = student(torch.tensor([x + y])).logits[0, len(x) - 1 : -1, :rows]
@@ -209,6 +208,8 @@ def run_program(output, name, arguments, accidents, ranks, port):
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         os.environ |= {"RANK": output.name, "WORLD_SIZE": str(ranks)}
     logging.disable(logging.NOTSET)
+    for number in (INT, TERM, HUP):  # which what runs the tests may ignore
+        signal.signal(number, signal.SIG_DFL)
     for accident in accidents:
         happen_before(*accident)
     sys.argv = [name, *arguments]
@@ -664,8 +665,7 @@ def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_p
 
 
 def test_every_rollout_ends_at_a_stop_id_of_model_teacher_or_tokenizer(tmp_path):
-    """A toy that ships a stop id which it never writes, and settings that transformers calls
-    invalid; its own teacher, another one, and itself with equal prompts: nothing to learn."""
+    """A toy that ships a stop id which it never writes, and settings that transformers refuses."""
     model, run = shutil.copytree(TOY, tmp_path / "model"), tmp_path / "run"
     shipped = {"eos_token_id": 0, "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6}
     change(model / "generation_config.json", json.dumps(shipped))
