@@ -447,9 +447,9 @@ def sampling_settings(
     """Settings for generate(): those of the options, and the stop ids of all models and the
     tokenizer. They must replace model.generation_config, which fills in what generate() is not told
     (Qwen3 ships top-p 0.95 and top-k 20). Raises BadInput if prompts or stop ids fit no model."""
-    ends = [model.generation_config.eos_token_id for model in models] + [tokenizer.eos_token_id]
-    ends = [ids if isinstance(ids, list) else [ids] for ids in ends]  # one id, several or None
-    stop_ids = [stop for stop in dict.fromkeys(sum(ends, [])) if stop is not None]
+    found = [model.generation_config.eos_token_id for model in models] + [tokenizer.eos_token_id]
+    found = [ids if isinstance(ids, list) else [ids] for ids in found]  # one id, several or None
+    stop_ids = [stop for stop in dict.fromkeys(sum(found, [])) if stop is not None]
     length = max(map(len, prompts)) + options.max_new_tokens
     for model in models:
         name, sizes = model.name_or_path, model.config.get_text_config()
