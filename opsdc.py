@@ -407,6 +407,7 @@ def load_tokenizer(name: str, teacher: str = "") -> Tokenizer:
     """The model's own tokenizer. Raises BadInput if it can't be read or saved, or if a teacher's
     tokenizer has other words."""
     with reading(name), tempfile.TemporaryDirectory() as trial:
+        require_exists(name)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         tokenizer.save_pretrained(trial)  # better now than after the last step
     same = not teacher or load_tokenizer(teacher).get_vocab() == tokenizer.get_vocab()
@@ -642,6 +643,12 @@ def reading(source: Any, fault: str = "can't be used", kind: type = BadInput) ->
         raise kind(f"{source} {fault}: {message}") from error
 
 
+def require_exists(name: str) -> None:
+    """Raises BadInput for a path of nothing; what may be an id on the hub is not looked up."""
+    hub = name[:1] not in "./~" and name.count("/") < 2
+    require(hub or Path(name).exists(), "there is no such file or directory")
+
+
 def load_rows(source: str, split: str = "train") -> Iterator[Any]:
     """Rows of a .jsonl, .json or .csv file (also .gz) or of a .parquet file; or of a dataset, on
     the hub or in a directory: id, id:config or id:config:split. Raises BadInput for others."""
@@ -659,8 +666,7 @@ def load_rows(source: str, split: str = "train") -> Iterator[Any]:
             yield from csv.DictReader(io.StringIO(text)) if kind == ".csv" else json.loads(rows)
         else:
             require(not Path(name).is_file(), "its name ends in none of .jsonl .json .csv .parquet")
-            hub = name[:1] not in "./~" and name.count("/") < 2
-            require(hub or Path(name).exists(), "there is no such file or directory")
+            require_exists(name)
             yield from datasets.load_dataset(name, config or None, split=part or split)
 
 

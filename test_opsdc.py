@@ -1100,7 +1100,7 @@ WORDS = table("""--data=Nobody/None => Nobody/None can't | --model=Nobody/None =
     @{tmp}/no => No such file | @{tmp}/model/model.safetensors => utf-8 | RANK=1 => error
     --output_dir={tmp}/empty.parquet => empty.parquet | RANK=0 WORLD_SIZE=0 => error
     --output_dir={tmp}/empty.parquet/a => empty.parquet | WORLD_SIZE=0 => error
-    --output_dir={tmp}/model => not empty | --teacher={tmp}/no --refresh_every=0 => no can't be used
+    --output_dir={tmp}/model => not empty | --teacher={tmp}/no --refresh_every=0 => no such file
     --teacher=toy => --refresh_every 0 | --refresh_share=0.1 --refresh_every=0 => --refresh_share
     --teacher={tmp}/model --instruction=none --refresh_every=0 => nothing to learn""")
 WORDS += [(f"--{value}", f"--{value.split('=')[0]}") for value in VALUES.split()]

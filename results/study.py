@@ -160,20 +160,22 @@ plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": 
 plt.rcParams |= {"figure.dpi": 160, "savefig.bbox": "tight", "figure.constrained_layout.use": True}
 
 
-def draw_rollout(study: Study, file: Path) -> None:
-    """The two shortest rollouts that the first step kept, tinted by divergence."""
-    kept = pd.read_json(ROOT / study.path(MAIN, 0) / "rollouts-1.jsonl", lines=True)[:2]
-    most, boxes = max(kept.divergence.map(max)), []  # boxes: left end, line, text, nats
-    for column, row in kept.iterrows():
-        x, y = 48 * column, 0
-        for token, nats in zip(row.tokens, row.divergence, strict=True):
+def draw_tokens(columns: list[tuple[list[str], list[float]]], width: int, file: Path) -> None:
+    """Texts side by side, in lines of at most width characters: tokens, tinted by their nats."""
+    most, boxes = max(max(nats) for _, nats in columns), []  # boxes: left end, line, text, nats
+    for column, texts in enumerate(columns):
+        left = column * (width + 3)
+        x, y = left, 0
+        for token, nats in zip(*texts, strict=True):
             for part in token.splitlines(keepends=True):
                 text = part.rstrip("\n")
+                if x + len(text) > left + width:
+                    x, y, text = left, y + 1, text.lstrip()
                 boxes.append((x, y, text, nats))
-                x, y = (48 * column, y + 1) if part.endswith("\n") else (x + len(text), y)
+                x, y = (left, y + 1) if part.endswith("\n") else (x + len(text), y)
     height = max(y for _, y, _, _ in boxes) + 1
     figure, axes = plt.subplots(figsize=(8.2, 0.2 * height + 0.75))
-    axes.set(xlim=(-0.5, 90), ylim=(height, -0.7))
+    axes.set(xlim=(-0.5, len(columns) * (width + 3) - 3), ylim=(height, -0.7))
     axes.axis("off")
     shades = matplotlib.colors.LinearSegmentedColormap.from_list("", ["white", "#ff5a4a"])
     for x, y, text, nats in boxes:
@@ -236,7 +238,10 @@ def main() -> None:
     evaluated = study.in_parallel(study.evaluate, [(s,) for s in study.seeds], "evaluations")
     found = pd.concat(evaluated, ignore_index=True)
     found.to_json(study.output / "study.json", orient="records", indent=1)
-    draw_rollout(study, study.output / "rollout.png")
+    # the two shortest rollouts that the first step kept
+    kept = pd.read_json(ROOT / study.path(MAIN, 0) / "rollouts-1.jsonl", lines=True)[:2]
+    columns = [*zip(kept.tokens, kept.divergence, strict=True)]
+    draw_tokens(columns, 45, study.output / "rollout.png")
     draw_curves(study, study.output / "curves.png")
     draw_trade(found, study, study.output / "trade.png")
     before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)
