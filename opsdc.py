@@ -29,8 +29,6 @@ Where they differ           the paper               its code                    
     5. trained token ids    not said                text tokenized again              as sampled
     6. MATH-500's problems  not said                4 are trained on                  left out
 
-Beyond the paper: --teacher, another model; --refresh_share, an average of students as teacher.
-
     python opsdc.py @toy/args                 # a planted toy: CPU, no download, minutes
     torchrun --nproc-per-node 8 opsdc.py      # the paper's setting: Qwen3-8B, eight GPUs
 """
@@ -251,7 +249,7 @@ def project(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     return states.float() @ head.float().T
 
 
-CHUNK = 192  # positions whose logits exist at once
+CHUNK, PART = 192, 192 if CUDA else 16  # positions: logits at once; a CPU's cache holds a part's
 
 
 class ChunkedDivergence(torch.autograd.Function):
@@ -262,26 +260,28 @@ class ChunkedDivergence(torch.autograd.Function):
     def forward(ctx, student_states, student_head, teacher_states, teacher_head, weights, kind):
         """States (T, H), heads (V, H), weights (T,) -> the loss; statistics by name, (T,) each."""
         vocabulary = min(len(student_head), len(teacher_head))  # a head may be padded with rows
-        q_head, p_head, chunks = student_head[:vocabulary], teacher_head[:vocabulary], []
+        q_head, p_head, parts = student_head[:vocabulary], teacher_head[:vocabulary], []
         grad_states = torch.empty_like(student_states)
         grad_head = torch.zeros_like(student_head, dtype=torch.float32)  # 2.5 GB for Qwen3-8B
         for start in range(0, len(weights), CHUNK):
             rows = slice(start, start + CHUNK)
-            student_logits = project(student_states[rows], q_head).requires_grad_()  # (N, V)
-            teacher_logps = project(teacher_states[rows], p_head).log_softmax(-1)  # (N, V)
-            with torch.enable_grad():
-                student_logps = student_logits.log_softmax(-1)  # (N, V)
-                nats = divergence(student_logps, teacher_logps, kind)  # (N,)
-            # For the reverse KL: d D / d z_v = q_v (log q_v - log p_v - D), z the student's logits
-            (grad_logits,) = torch.autograd.grad(nats, student_logits, weights[rows])  # (N, V)
-            grad_states[rows] = grad_logits.to(q_head.dtype) @ q_head
-            grad_head[:vocabulary].addmm_(grad_logits.T, student_states[rows].float())
-            statistics = {"loss": nats.detach()}
-            statistics["student_entropy"] = -(student_logps.exp() * student_logps).sum(-1)
-            statistics["teacher_entropy"] = -(teacher_logps.exp() * teacher_logps).sum(-1)
-            chunks.append(statistics)
+            student_logits = project(student_states[rows], q_head)  # (N, V)
+            teacher_logits = project(teacher_states[rows], p_head)  # (N, V)
+            tensors = student_logits, teacher_logits, weights[rows]
+            for z, teacher_z, weight in zip(*(t.split(PART) for t in tensors), strict=True):
+                leaf, teacher_logps = z.detach().requires_grad_(), teacher_z.log_softmax(-1)
+                with torch.enable_grad():
+                    student_logps = leaf.log_softmax(-1)
+                    nats = divergence(student_logps, teacher_logps, kind)
+                # For the reverse KL: d D / d z_v = q_v (log q_v - log p_v - D), in place of z
+                z.copy_(torch.autograd.grad(nats, leaf, weight)[0])
+                entropies = [-(x.exp() * x).sum(-1) for x in (student_logps, teacher_logps)]
+                parts.append((nats.detach(), *entropies))
+            grad_states[rows] = student_logits.to(q_head.dtype) @ q_head  # now their gradients
+            grad_head[:vocabulary].addmm_(student_logits.T, student_states[rows].float())
         ctx.save_for_backward(grad_states, grad_head)
-        statistics = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        names = "loss", "student_entropy", "teacher_entropy"
+        statistics = dict(zip(names, map(torch.cat, zip(*parts, strict=True)), strict=True))
         return statistics["loss"] @ weights, statistics  # Eq. (1) with weight_t = 1 / |y_i| / B
 
     @staticmethod
@@ -492,7 +492,7 @@ def clip_gradients(student: Scorer, max_norm: float) -> float:
     SystemExit if it is not finite."""
     grads = [weight.grad.to_local() for weight in student.parameters() if weight.grad is not None]
     # Norms of pieces, because on a CPU torch's fp32 norm of 2**28 numbers is 4% too low.
-    pieces = [piece for grad in grads for piece in grad.flatten().split(2**20)]
+    pieces = [piece for grad in grads for piece in grad.flatten().split(2**18)]
     square = torch.nn.utils.get_total_norm(pieces).to(DEVICE) ** 2
     dist.all_reduce(square)
     norm = square.sqrt().item()
