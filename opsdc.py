@@ -249,7 +249,7 @@ def project(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     return states.float() @ head.float().T
 
 
-CHUNK, PART = 192, 192 if CUDA else 16  # positions: logits at once; a CPU's cache holds a part's
+CHUNK, PART = 192, 192 if CUDA else 16  # positions with logits; worked on at once, in a CPU's cache
 
 
 class ChunkedDivergence(torch.autograd.Function):
@@ -277,7 +277,7 @@ class ChunkedDivergence(torch.autograd.Function):
                 z.copy_(torch.autograd.grad(nats, leaf, weight)[0])
                 entropies = [-(x.exp() * x).sum(-1) for x in (student_logps, teacher_logps)]
                 parts.append((nats.detach(), *entropies))
-            grad_states[rows] = student_logits.to(q_head.dtype) @ q_head  # now their gradients
+            grad_states[rows] = student_logits.to(q_head.dtype) @ q_head  # overwritten by gradients
             grad_head[:vocabulary].addmm_(student_logits.T, student_states[rows].float())
         ctx.save_for_backward(grad_states, grad_head)
         names = "loss", "student_entropy", "teacher_entropy"
