@@ -654,7 +654,7 @@ def load_rows(source: str, split: str = "train") -> Iterator[Any]:
     the hub or in a directory: id, id:config or id:config:split. Raises BadInput for others."""
     with reading(source):
         kind = Path(source.lower().removesuffix(".gz")).suffix
-        name, config, part = [*source.split(":"), "", ""][:3]
+        name, config, part = [*source.split(":", 2), "", ""][:3]
         if kind == ".parquet":
             for batch in pyarrow.parquet.ParquetFile(source).iter_batches():
                 yield from batch.to_pylist()

@@ -309,7 +309,7 @@ def test_configurations_and_splits_of_a_dataset(tmp_path):
         configs[name].append({"split": split, "path": path})
     header = [{"config_name": name, "data_files": files} for name, files in configs.items()]
     (tmp_path / "README.md").write_text(f"---\n{json.dumps({'configs': header})}\n---")
-    sources = table("maintrain=>main | socratictest=>socratic=>test | maintest=>main:test=>train")
+    sources = table("maintrain=>main | socratictest=>socratic=>test | maintest=>main:test[-1:]")
     for question, end, *split in sources:
         assert list(opsdc.load_rows(f"{tmp_path}:{end}", *split)) == [{"question": question}]
     for end, names in {"": "main.*socratic", ":main:dev": "train.*test"}.items():
