@@ -1,8 +1,9 @@
 """A real model: the data of the sums, and what is shown of a run and its evaluation.
 
-python results/real.py data               # runs/sums/train.jsonl and test.jsonl
-pip install matplotlib                    # then train and evaluate: the commands are in README.md
-python results/real.py show runs/sums     # real/sums.png and so on: picture, curves, pairs, log
+python results/real.py data          # runs/sums/train.jsonl and test.jsonl
+pip install matplotlib               # then train and evaluate: the commands are in README.md
+python results/real.py show runs/sums runs/sums/trained         # writes real/sums.png and so on:
+                                     # the base beside the model named last; the run's curves, log
 """
 
 import json
@@ -33,31 +34,30 @@ def write_data(directory: Path) -> None:
         (directory / f"{name}.jsonl").write_text("".join(lines))
 
 
-def read_samples(directory: Path, settings: dict) -> tuple[dict, pd.DataFrame, pd.DataFrame]:
-    """The problems by id, and the responses to them of the first candidate and of the last."""
+def read_samples(directory: Path, models: list[str]) -> tuple[dict, list[pd.DataFrame]]:
+    """The problems by id, and each model's responses to them, asked as a student."""
     from eval import load_problems
 
-    rows = pd.concat(pd.read_json(file, lines=True) for file in directory.glob("samples-*"))
-    rows["id"] = rows["id"].astype(str)
-    of_candidates = dict(iter(rows.groupby(["model", "prompt"])))
-    first, *_, last = [of_candidates[tuple(names)] for names in settings["candidates"]]
+    settings = json.loads((directory / "settings.json").read_text())
     problems = {p["id"]: p for p in load_problems(settings["data"][0], settings["limit"])}
-    return problems, first.set_index("id").loc[[*problems]], last.set_index("id").loc[[*problems]]
+    rows = pd.concat(pd.read_json(file, lines=True) for file in directory.glob("samples-*"))
+    rows = rows.astype({"id": str})[rows.prompt == "student"].set_index("id")
+    return problems, [rows[rows.model == model].loc[[*problems]] for model in models]
 
 
-def show(directory: Path) -> None:
-    """Reads DIR/trained, by opsdc.py, and DIR/eval, by eval.py; writes results/real/NAME..."""
+def show(directory: Path, trained: str) -> None:
+    """Reads directory/trained, by opsdc.py, and directory/eval, by eval.py; writes files of the
+    directory's name into results/real. `trained`: a model of the evaluation."""
     from study import BLUE, draw_tokens, plt
 
     import opsdc
 
     out = HERE / "real"
-    settings = json.loads((directory / "eval/settings.json").read_text())
-    problems, before, after = read_samples(directory / "eval", settings)
+    config = json.loads((directory / "trained/run.json").read_text())["config"]
+    problems, (before, after) = read_samples(directory / "eval", [config["model"], trained])
 
     # The first test problem that both get right: the base's tokens tinted by the KL at each
     first = before.index[before.final & after.final][0]
-    config = json.loads((directory / "trained/run.json").read_text())["config"]
     tokenizer = opsdc.load_tokenizer(config["model"])
     scorer = opsdc.Scorer(opsdc.load_model(config["model"], "float32"))
     pair = opsdc.prompt_pair(problems[first]["chat"], config["instruction"], config["prompt"])
@@ -101,7 +101,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["data"]:
             write_data(Path("runs/sums"))
-        case ["show", directory]:
-            show(Path(directory))
+        case ["show", directory, trained]:
+            show(Path(directory), trained)
         case _:
             sys.exit(__doc__)
