@@ -151,9 +151,8 @@ def prompt_pair(chat: Chat, instruction: str, style: str = "paper") -> tuple[Cha
     instruction `none` the teacher gets x too. Raises BadInput for other words and unknown styles.
     """
     template, c = PROMPTS.get(style, style), INSTRUCTIONS.get(instruction, instruction)
-    require(
-        "{problem}" in template, f"--prompt {style!r} is no style, and no text with {{problem}}"
-    )
+    fault = f"--prompt {style!r} is no style, and no text with {{problem}}"
+    require("{problem}" in template, fault)
     known = len(c.split()) > 1 or c == "none"
     require(known, f"--instruction is {c!r}, not v1, v2, percent:1..99, none or a text")
     *turns, last = chat
@@ -249,7 +248,8 @@ def project(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     return states.float() @ head.float().T
 
 
-CHUNK, PART = 192, 192 if CUDA else 16  # positions with logits; worked on at once, in a CPU's cache
+CHUNK = 192  # positions whose logits are in memory at once
+PART = CHUNK if CUDA else 16  # positions of one elementwise pass; 16 stay in a CPU's cache
 
 
 class ChunkedDivergence(torch.autograd.Function):

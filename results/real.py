@@ -1,6 +1,6 @@
 """A real model: the data of the sums, and what is shown of a run and its evaluation.
 
-python results/real.py data          # runs/sums/train.jsonl and test.jsonl
+python results/real.py data          # train.jsonl, test.jsonl and validation.jsonl in runs/sums
 pip install matplotlib               # then train and evaluate: the commands are in README.md
 python results/real.py show runs/sums runs/sums/trained         # writes real/sums.png and so on:
                                      # the base beside the model named last; the run's curves, log
@@ -19,7 +19,7 @@ sys.path += [str(HERE), str(HERE.parent)]
 
 
 def write_data(directory: Path) -> None:
-    """Sums of two, three and four numbers of two digits, in turn; no test problem is trained on."""
+    """Sums of two, three and four numbers of two digits, in turn; each sum is in one file only."""
     numbers, seen, rows = random.Random(0), set(), []
     while len(rows) < 1200:
         terms = [numbers.randint(10, 99) for _ in range(2 + len(rows) % 3)]
@@ -29,7 +29,8 @@ def write_data(directory: Path) -> None:
         problem = f"What is {' + '.join(map(str, terms))}?"
         rows.append({"problem": problem, "answer": str(sum(terms)), "level": len(terms)})
     directory.mkdir(parents=True, exist_ok=True)
-    for name, part in {"train": rows[:1000], "test": rows[1000:]}.items():
+    parts = {"train": rows[:1000], "test": rows[1000:1128], "validation": rows[1128:]}
+    for name, part in parts.items():
         lines = [json.dumps(row) + "\n" for row in part]
         (directory / f"{name}.jsonl").write_text("".join(lines))
 
