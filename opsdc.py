@@ -260,15 +260,16 @@ class ChunkedDivergence(torch.autograd.Function):
     def forward(ctx, student_states, student_head, teacher_states, teacher_head, weights, kind):
         """States (T, H), heads (V, H), weights (T,) -> the loss; statistics by name, (T,) each."""
         vocabulary = min(len(student_head), len(teacher_head))  # a head may be padded with rows
-        q_head, p_head, parts = student_head[:vocabulary], teacher_head[:vocabulary], []
+        q_head, p_head = student_head[:vocabulary], teacher_head[:vocabulary]
+        figures = weights.new_empty(len(weights), 3)  # one tensor: many would fragment memory
         grad_states = torch.empty_like(student_states)
         grad_head = torch.zeros_like(student_head, dtype=torch.float32)  # 2.5 GB for Qwen3-8B
         for start in range(0, len(weights), CHUNK):
             rows = slice(start, start + CHUNK)
             student_logits = project(student_states[rows], q_head)  # (N, V)
             teacher_logits = project(teacher_states[rows], p_head)  # (N, V)
-            tensors = student_logits, teacher_logits, weights[rows]
-            for z, teacher_z, weight in zip(*(t.split(PART) for t in tensors), strict=True):
+            tensors = student_logits, teacher_logits, weights[rows], figures[rows]
+            for z, teacher_z, weight, row in zip(*(t.split(PART) for t in tensors), strict=True):
                 leaf, teacher_logps = z.detach().requires_grad_(), teacher_z.log_softmax(-1)
                 with torch.enable_grad():
                     student_logps = leaf.log_softmax(-1)
@@ -276,12 +277,12 @@ class ChunkedDivergence(torch.autograd.Function):
                 # For the reverse KL: d D / d z_v = q_v (log q_v - log p_v - D), in place of z
                 z.copy_(torch.autograd.grad(nats, leaf, weight)[0])
                 entropies = [-(x.exp() * x).sum(-1) for x in (student_logps, teacher_logps)]
-                parts.append((nats.detach(), *entropies))
+                row.copy_(torch.stack([nats.detach(), *entropies], -1))
             grad_states[rows] = student_logits.to(q_head.dtype) @ q_head  # overwritten by gradients
             grad_head[:vocabulary].addmm_(student_logits.T, student_states[rows].float())
         ctx.save_for_backward(grad_states, grad_head)
         names = "loss", "student_entropy", "teacher_entropy"
-        statistics = dict(zip(names, map(torch.cat, zip(*parts, strict=True)), strict=True))
+        statistics = dict(zip(names, figures.unbind(-1), strict=True))
         return statistics["loss"] @ weights, statistics  # Eq. (1) with weight_t = 1 / |y_i| / B
 
     @staticmethod
@@ -342,8 +343,7 @@ def train(config: Config, complete: Callable[[Model, list[Ids], int], list[Ids]]
     sampler.generation_config = sampling_settings(config, [sampler, teacher.model], tokenizer, ids)
     options = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
     optimizer = torch.optim.AdamW(student.parameters(), **options)
-    done = open_run(config, tokenizer, prompts)  # steps of the checkpoint to go on from, or 0
-    if done:
+    if done := open_run(config, tokenizer, prompts):  # the step to go on from, or 0
         load_checkpoint(output_dir / f"step-{done}", student, teacher, optimizer)
         copy_to_sampler(student, sampler)
     bar = tqdm(initial=done, total=config.steps, unit="step", disable=QUIET)
