@@ -2,7 +2,7 @@
 
 python results/real.py data          # train.jsonl, test.jsonl and validation.jsonl in runs/sums
 pip install matplotlib               # then train and evaluate: the commands are in README.md
-python results/real.py show runs/sums runs/sums/trained         # writes real/sums.png and so on:
+python results/real.py show runs/sums runs/sums/trained/step-12 # writes real/sums.png and so on:
                                      # the base beside the model named last; the run's curves, log
 """
 
