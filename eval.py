@@ -53,7 +53,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.utils import cached_file
 
 import opsdc
-from opsdc import BadInput, Ids, Model, Tokenizer, reading, require
+from opsdc import BadInput, Ids, Model, Tokenizer, blame, require
 
 BENCHMARKS = {  # id:config:split on the hub
     "math500": "HuggingFaceH4/MATH-500::test",
@@ -92,13 +92,18 @@ class Settings:
         require(0 < self.top_p <= 1, "--top_p must be more than 0 and at most 1")
 
 
+def digest(text: str) -> str:
+    """The first 16 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def load_problems(source: str, limit: int) -> list[dict]:
     """The problems of a benchmark: dicts with benchmark, id, chat, answer, level (None if unknown),
     rows (how many have this id) and same (equal where chat and answer are). Raises BadInput for a
     source that can't be read and for a bad row."""
     problems = {}
     for i, row in enumerate(opsdc.load_rows(BENCHMARKS.get(source, source))):
-        with reading(f"{source}, row {i + 1}"):
+        with blame(f"{source}, row {i + 1}"):
             chat, level = opsdc.read_chat(row), row.get("level")
             answer = row.get("answer", (row.get("reward_model") or {}).get("ground_truth"))  # DAPO
             for name, value in {"answer": answer, "level": level}.items():
@@ -108,7 +113,7 @@ def load_problems(source: str, limit: int) -> list[dict]:
             answer, number = str(answer).rpartition("####")[2].strip(), row.get("id", i)
             problem = {"id": str(row.get("unique_id", number)), "answer": answer, "level": level}
             problem |= {"benchmark": Path(source).stem, "chat": chat, "rows": 0}
-            problem["same"] = opsdc.digest(json.dumps([chat, answer]))
+            problem["same"] = digest(json.dumps([chat, answer]))
             json.dumps(problem, ensure_ascii=False).encode()  # raises for a lone surrogate
             first = problems.setdefault(problem["id"], problem)
             first["rows"] += 1
@@ -283,8 +288,9 @@ KEY = ("model", "prompt", "benchmark", "id", "sample")  # tells a sample from al
 def common_style(models: list[str]) -> str:
     """The style of prompts that the trained models among these know, by run.json; else `paper`.
     Raises BadInput if they know several."""
-    runs = [run for name in models if (run := Path(name, "run.json")).exists()]
-    with reading(" and ".join(map(str, runs))):
+    places = [place for name in models for place in (Path(name), Path(name).parent)]  # a step-N
+    runs = [run for place in places if (run := place / "run.json").exists()]
+    with blame(" and ".join(map(str, runs))):
         configs = [json.loads(run.read_text(encoding="utf-8"))["config"] for run in runs]
         styles = {config.get("prompt", "paper") for config in configs} or {"paper"}
         require(len(styles) == 1, "they differ in --prompt: choose one --prompt_style for all")
@@ -295,7 +301,7 @@ def identify(name: str) -> dict[str, str]:
     """What tells a model from others: a hub id's commit, and digests of a directory's files, which
     are read in full (16 GB: some 20 seconds). Raises BadInput for what is no model."""
     kinds = ("*config.json", "*token*", "*.jinja", "*.safetensors")
-    with reading(name):
+    with blame(name):
         digests = {f"snapshot of {name}": Path(cached_file(name, "config.json")).parent.name}
         for path in sorted(path for kind in kinds for path in Path(name).glob(kind)):
             with path.open("rb") as file:
@@ -311,15 +317,15 @@ def prepare(candidate: Candidate, problems: Problems, settings: Settings) -> Pre
     chats = [opsdc.prompt_pair(p["chat"], instruction, style)[asked] for p in problems.values()]
     other = [*chats[0][:-1], {"role": "user", "content": chats[0][-1]["content"] + " Why?"}]
     tokenizer = opsdc.load_tokenizer(name)
-    with reading(name):
-        probe, *prompts = opsdc.encode_chats(tokenizer, [other, *chats])
+    with blame(name):
+        probe, *prompts = opsdc.encode_chats(tokenizer, [other, *chats], "template")
         require(probe != prompts[0], "its chat template leaves the problem out")
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device("meta"):  # no weights
             model = AutoModelForCausalLM.from_config(config)
         with contextlib.suppress(OSError):  # not every model has this file
             model.generation_config = GenerationConfig.from_pretrained(name)
-    generation = opsdc.sampling_settings(settings, [model], tokenizer, prompts)
+    generation = opsdc.sampling_settings(settings, [model], tokenizer, max(map(len, prompts)))
     return tokenizer, dict(zip(problems, prompts, strict=True)), generation
 
 
@@ -344,7 +350,7 @@ def read_responses(file: str, problems: Problems, samples: int) -> dict[tuple, d
     counts, written = Counter(), {}
     fields = {"response": str, "tokens": int, "finished": bool}
     for number, row in enumerate(opsdc.load_rows(file), 1):
-        with reading(f"{file}, row {number}"):
+        with blame(f"{file}, row {number}"):
             for name, kind in fields.items():
                 if type(row.get(name)) is not kind or name == "tokens" and not 0 < row[name] <= 1e9:
                     raise ValueError(f"it has no good {name}")
@@ -363,7 +369,7 @@ def open_records(output_dir: Path, identity: dict) -> tuple[IO[bytes], dict[tupl
     """This rank's file of samples, locked, to append to; and the samples on disk by key. Raises
     BadInput if output_dir can't be written, is in use, or holds an evaluation with another identity
     or with none."""
-    with reading(output_dir):
+    with blame(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         records = open(output_dir / f"samples-{dist.get_rank()}.jsonl", "a+b")
     try:
@@ -372,7 +378,7 @@ def open_records(output_dir: Path, identity: dict) -> tuple[IO[bytes], dict[tupl
         raise BadInput(f"{output_dir} is in use by another evaluation") from None
     dist.barrier()  # every rank has its lock
     file = output_dir / "settings.json"
-    with reading(file):
+    with blame(file):
         held = json.loads(file.read_text(encoding="utf-8")) if file.exists() else identity
     for name in held | identity:
         if held.get(name) != identity.get(name):
@@ -394,7 +400,7 @@ def read_samples(output_dir: Path) -> dict[tuple, dict]:
     """All samples in output_dir, each key once; of a file that ends within a row, the rest."""
     samples = {}
     for file in sorted(output_dir.glob("samples-*.jsonl")):
-        with reading(file), file.open(encoding="utf-8") as lines:
+        with blame(file), file.open(encoding="utf-8") as lines:
             rows = [json.loads(line) for line in lines if line.endswith("\n")]
             samples |= {tuple(row[name] for name in KEY): row for row in rows}
     return samples
@@ -459,7 +465,7 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
         written |= read_responses(file, problems, settings.samples)
     asked = [row | {"level": None} for row in rows]  # a repaired level changes no sample
     identity = {"candidates": [*map(list, candidates)], **asdict(settings)}
-    identity["problems and responses"] = opsdc.digest(json.dumps([asked, *written.values()]))
+    identity["problems and responses"] = digest(json.dumps([asked, *written.values()]))
     prepared = {one: prepare(one, problems, settings) for one in candidates[: len(models)]}
     identity |= {key: value for name in models for key, value in identify(name).items()}
 
@@ -513,7 +519,7 @@ def main() -> None:
     parser.add_argument("--responses", nargs="+", default=[], help="files to grade, see README")
     parser.add_argument("--output_dir", default="runs/eval", help="samples-*.jsonl, summary.json")
     try:
-        with reading("the command line"):
+        with blame("the command line"):
             arguments = vars(parser.parse_args())
         models, responses = arguments.pop("models"), arguments.pop("responses")
         output_dir, settings = Path(arguments.pop("output_dir")), Settings(**arguments)

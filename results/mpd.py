@@ -44,7 +44,8 @@ def rewrite(rewriter, tokenizer, chats: list, rollouts: list, batch_size: int) -
     decode, completions = partial(tokenizer.batch_decode, skip_special_tokens=True), []
     texts = decode(rollouts)
     asking = [rewriting_chat(chat, text) for chat, text in zip(chats, texts, strict=True)]
-    prompts = opsdc.encode_chats(tokenizer, asking, enable_thinking=False)
+    switch = "off" if "enable_thinking" in str(tokenizer.chat_template) else "template"
+    prompts = opsdc.encode_chats(tokenizer, asking, switch)
     rewrites = opsdc.rollout(rewriter, prompts, batch_size)
     for old, was, new, text in zip(rollouts, texts, rewrites, decode(rewrites), strict=True):
         same_form = ("</think>" in text) == ("</think>" in was)
@@ -60,7 +61,7 @@ def mixed_policy(config: opsdc.Config) -> Callable[[opsdc.Model, list, int], lis
     opsdc.check_options(config)
     tokenizer, name = opsdc.load_tokenizer(config.model), config.teacher or config.model
     chats = {tuple(x): chat for x, _, chat in opsdc.load_prompts(config, tokenizer)}
-    with opsdc.reading(name):
+    with opsdc.blame(name):
         sizes = AutoConfig.from_pretrained(name, trust_remote_code=False).get_text_config()
     need = max(map(len, chats)) + 2 * config.max_new_tokens + 128  # 128 for the request
     room = getattr(sizes, "max_position_embeddings", None) or need
