@@ -201,7 +201,8 @@ def memory(arguments: argparse.Namespace) -> None:
     """GB of each GPU and of the host; what an update moves and computes; how many rollouts at once
     fit beside what is held, by arithmetic. 8% of a GPU must be to spare."""
     columns = "held", "peak", "in", "host", "between GPUs", "over PCIe", "PFLOP", "s at 40%"
-    row("Qwen3", "GPUs", "flags", *columns, "rows, 80 GB", "rows, 141 GB", header=True)
+    gpus = (48, 80, 141)  # GB
+    row("Qwen3", "GPUs", "flags", *columns, *(f"rows, {gb} GB" for gb in gpus), header=True)
     cases = product(arguments.sizes, arguments.ranks, (False, True), arguments.micro)
     for size, ranks, offload, micro in cases:
         if size in SIZES:
@@ -216,7 +217,7 @@ def memory(arguments: argparse.Namespace) -> None:
         cache = 4 * (PROMPT_TOKENS + TOKENS) * shape.num_hidden_layers  # bf16 keys and values
         cache *= shape.num_key_value_heads * shape.head_dim
         rows = []
-        for room in (0.92 * 80e9, 0.92 * 141e9):
+        for room in (0.92e9 * gb for gb in gpus):
             most = min((room - held) // cache, BATCH // ranks) if peak < room else 0
             rows.append(2 ** int(math.log2(most)) if most >= 1 else "none")
         figures = held, peak, host * ranks, work["between GPUs"], work["over PCIe"]

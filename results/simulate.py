@@ -130,6 +130,8 @@ def simulate(shape: hf.PreTrainedConfig, ranks: int, offload: bool, micro: int) 
         optimizer.step()  # makes AdamW's state
         if micro_batches == 1:  # else there are gradients of earlier ones, and this is the last
             optimizer.zero_grad()
+        for weight in sampler.parameters():  # as `train` does before an update
+            weight.data = weight.new_empty(0)
         ledger.peaks.clear()
         ledger.work.clear()
         ledger.phase = "forward"

@@ -1,7 +1,7 @@
 """The paper's findings on the toy: runs of opsdc.py and eval.py, their tables and figures.
 
     pip install matplotlib
-    python results/study.py             # fills in README.md; study.json and three pictures
+    python results/study.py             # fills in toy.md; study.json and three pictures
     python results/study.py --quick     # one seed, a third of steps and problems: runs/study-quick
 
 Each number comes from a run of `python opsdc.py @toy/args ...` (MPD: of results/mpd.py) and one of
@@ -103,7 +103,7 @@ class Study:
     def train(self, seed: int, name: str) -> None:
         script = "results/mpd.py" if name.startswith("MPD") else "opsdc.py"
         arguments = ["@toy/args", f"--seed={seed}", "--resume", *self.flags[name].split()]
-        self.run(script, arguments, self.path(name, seed), "finished")
+        self.run(script, arguments, self.path(name, seed), "config.json")
 
     def evaluate(self, seed: int) -> pd.DataFrame:
         """A row for each candidate and level: seed, name, level, and the columns of the tables."""
@@ -244,10 +244,10 @@ def main() -> None:
     draw_tokens(columns, 45, study.output / "rollout.png")
     draw_curves(study, study.output / "curves.png")
     draw_trade(found, study, study.output / "trade.png")
-    before, _, rest = (HERE / "README.md").read_text().partition(BEGIN)
+    before, _, rest = (HERE / "toy.md").read_text().partition(BEGIN)
     filled = "\n".join([f"{before}{BEGIN}\n", *tables(found, study), END + rest.partition(END)[2]])
-    (study.output / "README.md").write_text(filled)
-    print(f"written: {study.output}/README.md, study.json, rollout.png, curves.png, trade.png")
+    (study.output / "toy.md").write_text(filled)
+    print(f"written: {study.output}/toy.md, study.json, rollout.png, curves.png, trade.png")
 
 
 BEGIN, END = "<!-- study.py writes from here -->", "<!-- to here -->"
