@@ -1,9 +1,13 @@
-"""A real model: the data of the sums, and what is shown of a run and its evaluation.
+"""A real model on sums: its data, and what is kept and shown of runs and evaluations.
 
-python results/real.py data          # train.jsonl, test.jsonl and validation.jsonl in runs/sums
-pip install matplotlib               # then train and evaluate: the commands are in README.md
-python results/real.py show runs/sums runs/sums/trained/step-12 # writes real/sums.png and so on:
-                                     # the base beside the model named last; the run's curves, log
+    python results/real.py data    # train.jsonl, test.jsonl and validation.jsonl in runs/sums
+    pip install matplotlib         # then train and evaluate: the commands are in real.md
+    python results/real.py keep runs/sums/m20 runs/sums/eval-m20   # real/m20.jsonl, .json and .png
+    python results/real.py refresh    # real/refresh.png, and the tables of real.md
+
+`keep` takes the log of a run and the summary of its evaluation, whose last model is the trained
+one, and draws one rollout of the base, tinted by the KL, beside the trained model's answer.
+`refresh` reads the files in results/real alone.
 """
 
 import json
@@ -16,6 +20,13 @@ import pandas as pd
 
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE), str(HERE.parent)]
+REAL = HERE / "real"
+BASE, PROMPTED = "base", "told to be brief"
+RUNS = {  # legend: files in results/real
+    "frozen": ["frozen.json"],
+    "M = 20": ["m20.json"],
+    "M = 5": ["sums.json", "sums_validation.json"],
+}
 
 
 def write_data(directory: Path) -> None:
@@ -35,74 +46,109 @@ def write_data(directory: Path) -> None:
         (directory / f"{name}.jsonl").write_text("".join(lines))
 
 
-def read_samples(directory: Path, models: list[str]) -> tuple[dict, list[pd.DataFrame]]:
-    """The problems by id, and each model's responses to them, asked as a student."""
-    from eval import load_problems
-
-    settings = json.loads((directory / "settings.json").read_text())
-    problems = {p["id"]: p for p in load_problems(settings["data"][0], settings["limit"])}
-    rows = pd.concat(pd.read_json(file, lines=True) for file in directory.glob("samples-*"))
-    rows = rows.astype({"id": str})[rows.prompt == "student"].set_index("id")
-    return problems, [rows[rows.model == model].loc[[*problems]] for model in models]
-
-
-def show(directory: Path, trained: str) -> None:
-    """Reads directory/trained, by opsdc.py, and directory/eval, by eval.py; writes files of the
-    directory's name into results/real. `trained`: a model of the evaluation."""
-    from study import BLUE, draw_tokens, plt
+def keep(run: Path, evaluation: Path) -> None:
+    """Copies log and summary into results/real under the run's name; draws the first test problem
+    that base and trained model both get right."""
+    from study import draw_tokens
 
     import opsdc
+    from eval import load_problems
 
-    out = HERE / "real"
-    config = json.loads((directory / "trained/run.json").read_text())["config"]
-    problems, (before, after) = read_samples(directory / "eval", [config["model"], trained])
-
-    # The first test problem that both get right: the base's tokens tinted by the KL at each
+    shutil.copy(run / "metrics.jsonl", REAL / f"{run.name}.jsonl")
+    shutil.copy(evaluation / "summary.json", REAL / f"{run.name}.json")
+    config = json.loads((run / "run.json").read_text())["config"]
+    settings = json.loads((evaluation / "settings.json").read_text())
+    problems = {p["id"]: p for p in load_problems(settings["data"][0], settings["limit"])}
+    rows = pd.concat(pd.read_json(file, lines=True) for file in evaluation.glob("samples-*"))
+    rows = rows.astype({"id": str})[(rows.prompt == "student") & (rows.benchmark == "test")]
+    rows = rows[rows["sample"] == 0].set_index("id")
+    base, *_, trained = [name for name, _ in settings["candidates"]]
+    before, after = (rows[rows.model == name].loc[[*problems]] for name in (base, trained))
     first = before.index[before.final & after.final][0]
-    tokenizer = opsdc.load_tokenizer(config["model"])
-    scorer = opsdc.Scorer(opsdc.load_model(config["model"], "float32"))
+    tokenizer = opsdc.load_tokenizer(base)
+    scorer = opsdc.Scorer(opsdc.load_model(base, "float32"))
     pair = opsdc.prompt_pair(problems[first]["chat"], config["instruction"], config["prompt"])
-    encode = tokenizer(before.response[first] + tokenizer.eos_token).input_ids
-    triple = (*opsdc.encode_chats(tokenizer, [*pair]), encode)
+    completion = tokenizer(before.response[first] + tokenizer.eos_token).input_ids
+    triple = (*opsdc.encode_chats(tokenizer, [*pair], "template"), completion)
     _, (statistics,) = opsdc.distillation_loss(scorer, scorer, [triple], config["divergence"], 1)
-    tokens = [tokenizer.decode([token]) for token in encode[:-1]]
-    columns = [(tokens, statistics["loss"].tolist()[:-1])]
+    tokens = [tokenizer.decode([token]) for token in completion[:-1]]
     answer = [tokenizer.decode([token]) for token in tokenizer(after.response[first]).input_ids]
-    draw_tokens([*columns, (answer, [0.0] * len(answer))], 46, out / f"{directory.name}.png")
+    columns = [(tokens, statistics["loss"].tolist()[:-1]), (answer, [0.0] * len(answer))]
+    draw_tokens(columns, 46, REAL / f"{run.name}.png")
 
-    metrics = pd.read_json(directory / "trained/metrics.jsonl", lines=True)
-    figure, all_axes = plt.subplots(1, 3, figsize=(8.2, 2.4))
-    labels = {"completion_tokens": "tokens per rollout", "loss": "loss (KL), nats per token"}
-    labels |= {"student_entropy": "student entropy, nats"}
-    for axes, (column, label) in zip(all_axes, labels.items(), strict=True):
-        axes.plot(metrics.step, metrics[column], color=BLUE, linewidth=1.2)
-        for step in metrics.step[metrics.refreshed]:
-            axes.axvline(step, color=BLUE, linewidth=0.7, linestyle=":")
-        axes.set(xlabel="step", ylabel=label)
-    figure.savefig(out / f"{directory.name}_curves.png", facecolor="white")
 
-    # Five pairs: every 25th test problem; then all that the base had right and the trained lost
-    lost = before.index[before.final & ~after.final]
-    text = ["# Whole responses of the base and of the trained model", ""]
-    for title, ids in {"Every 25th test problem": before.index[::25][:5], "Lost": lost}.items():
-        text += [f"## {title}", ""]
-        for i in ids:
-            problem = problems[i]
-            text += [f"**{problem['chat'][-1]['content']}** ({problem['answer']})", ""]
-            for name, side in {"base": before, "trained": after}.items():
-                verdict = "right" if side.final[i] else "wrong"
-                text += [f"{name}, {side.tokens[i]} tokens, {verdict}:", ""]
-                text += ["````", side.response[i].strip(), "````", ""]
-    (out / f"{directory.name}.md").write_text("\n".join(text))
-    shutil.copy(directory / "trained/metrics.jsonl", out / f"{directory.name}.jsonl")
-    shutil.copy(directory / "eval/summary.json", out / f"{directory.name}.json")
+def read_summaries(files: list[str]) -> pd.DataFrame:
+    """Tokens and number of right answers by model (base, prompted, "10", "20", ... steps) and
+    numbers in the sum, over the 128 test and 72 validation sums."""
+    rows = pd.concat(pd.read_json(REAL / file) for file in files)
+    rows = rows[rows["level"] != "all"].astype({"level": int})
+    last_step = {"m20.json": 40, "frozen.json": 40}.get(files[0], 20)
+    step = rows.model.str.extract(r"step-(\d+)$")[0]
+    trained = rows.model.str.contains("/trained|/frozen|/m20")
+    step = step.where(step.notna(), pd.Series(str(last_step), rows.index)).where(trained, BASE)
+    rows["name"] = step.where(rows.prompt == "student", PROMPTED)
+    rows["right"] = rows.final * rows.problems
+    rows["tokens"] = rows.tokens * rows.problems
+    sums = rows.groupby(["name", "level"], sort=False)[["tokens", "right", "problems"]].sum()
+    return sums.reset_index()
+
+
+def means(rows: pd.DataFrame) -> tuple[float, float, tuple[float, float]]:
+    """Mean tokens, % right, and the 95% interval of eval.py around it."""
+    from eval import interval
+
+    count, right = int(rows.problems.sum()), round(rows.right.sum())
+    low, high = interval(pd.Series([1.0] * right + [0.0] * (count - right)))
+    return rows.tokens.sum() / count, 100 * right / count, (100 * low, 100 * high)
+
+
+def refresh() -> None:
+    """Draws refresh.png and prints two tables."""
+    from study import BLUE, GREY, RED, plt
+
+    runs = {name: read_summaries(files) for name, files in RUNS.items()}
+    figure, axes = plt.subplots(figsize=(7.4, 4.2))
+    for (name, rows), color in zip(runs.items(), (GREY, BLUE, RED), strict=True):
+        steps = sorted((n for n in rows.name.unique() if n.isdigit()), key=int)
+        points = [means(rows[rows.name == step]) for step in steps]
+        tokens, right = [p[0] for p in points], [p[1] for p in points]
+        axes.plot(tokens, right, color=color, marker="o", markersize=4, label=name)
+        for x, y, step in zip(tokens, right, steps, strict=True):
+            axes.annotate(step, (x, y), (3, 4), textcoords="offset points", color=color)
+        low, high = points[-1][2]
+        axes.plot([tokens[-1]] * 2, [low, high], color=color, linewidth=0.8)
+    marks = {BASE: ("*", "base"), PROMPTED: ("P", "base, told to be brief")}
+    for name, (marker, label) in marks.items():
+        x, y, (low, high) = means(runs["frozen"][runs["frozen"].name == name])
+        axes.plot([x], [y], color="black", marker=marker, markersize=9, linestyle="", label=label)
+        axes.plot([x] * 2, [low, high], color="black", linewidth=0.8)
+    axes.set(xlabel="tokens per answer", ylabel="right, %")
+    axes.set_title("200 sums; numbers: steps of training; bars: 95%", fontsize=10)
+    axes.legend()
+    figure.savefig(REAL / "refresh.png", facecolor="white", dpi=150)
+
+    shown = {BASE: ("frozen", BASE), PROMPTED: ("frozen", PROMPTED)}
+    for name, rows in runs.items():
+        shown |= {f"{name}, {s} steps": (name, s) for s in rows.name.unique() if s.isdigit()}
+    print("| | tokens | right, % | 2 numbers | 3 numbers | 4 numbers |\n|" + " --- |" * 6)
+    for label, (run, name) in shown.items():
+        rows = runs[run][runs[run].name == name]
+        x, y, (low, high) = means(rows)
+        cells = [f"{x:.1f}", f"{y:.1f} ({low:.1f}-{high:.1f})"]
+        for level in (2, 3, 4):
+            part = rows[rows.level == level]
+            count, right = int(part.problems.sum()), round(part.right.sum())
+            cells.append(f"{part.tokens.sum() / count:.0f} tokens, {right} of {count}")
+        print(f"| {label} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["data"]:
             write_data(Path("runs/sums"))
-        case ["show", directory, trained]:
-            show(Path(directory), trained)
+        case ["keep", run, evaluation]:
+            keep(Path(run), Path(evaluation))
+        case ["refresh"]:
+            refresh()
         case _:
             sys.exit(__doc__)

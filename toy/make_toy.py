@@ -43,7 +43,8 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from opsdc import Chat, Ids, encode_chats, prompt_pair, rewriting_chat  # noqa: E402
+from opsdc import Chat, Ids, encode_chats, prompt_pair  # noqa: E402
+from results.mpd import rewriting_chat  # noqa: E402
 
 Digits = tuple[int, ...]  # the summands of a problem
 
@@ -252,7 +253,8 @@ def toy_examples(
     slip: float = SLIP,
 ) -> Examples:
     """Problems solved, each in its style."""
-    prompts = encode_chats(tokenizer, [prompt_chat(*problem) for problem in problems])
+    chats = [prompt_chat(*problem) for problem in problems]
+    prompts = encode_chats(tokenizer, chats, "template")
     return prompts, [answer_text(x, STYLES[style], rng, slip) for x, style in problems]
 
 
@@ -265,7 +267,7 @@ def teacher_examples(
     answers = [(answer_text(x, STYLES[style], rng), x) for x, style in problems[half:]]
     chats = [rewriting_chat(prompt_chat(x, "student"), y) for y, x in answers]
     texts += [rewritten(y, len(x)) for y, x in answers]
-    return prompts + encode_chats(tokenizer, chats), texts
+    return prompts + encode_chats(tokenizer, chats, "template"), texts
 
 
 def example_batches(
