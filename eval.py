@@ -2,17 +2,22 @@
 
     python eval.py Qwen/Qwen3-8B runs/opsdc       # the baseline first, then what it is compared to
     python eval.py Qwen/Qwen3-8B Qwen/Qwen3-8B --prompt student v1    # the concise-prompt baseline
+    python eval.py Qwen/Qwen3-8B pb09204048/CRISP-Qwen3-8B-v1         # the authors' trained model
     python eval.py @toy/eval                      # the toy: base, concise prompt, trained
 
 Each response gets four verdicts, all by math-verify:
     final          for a careful reader: the answer stated last, after the thinking
     answer_only    the paper's first path: the last `Answer: X` in the response
     boxed_only     the paper's second path: the whole response
-    dual           the paper's (version 2): right if one of its two paths is right
+    dual           the paper's (version 7): right if one of its two paths is right
 
 `final` reads a box, `Answer: 5` or `Answer = 5`, a heading `Answer` above the answer, and at the
 very end "the answer is 5" or `#### 5`. It refuses on purpose: a number that none of these states,
-another sentence around it, rounded decimals, a list for a point, an open box or thinking block.
+another sentence around it, a list for a point, an open box or thinking block, and decimals rounded
+to five places or fewer: 3.333333 is right for 10/3, 3.33333 is not.
+
+All models are asked alike: as run.json says, in the directory of a trained model or the one above,
+else in the paper's style. A step-N copied elsewhere has no run.json: give --prompt_style then.
 
 Samples are rows of samples-RANK.jsonl in --output_dir, written batch by batch. The same command
 continues an interrupted evaluation, also on another number of ranks (`torchrun --nproc-per-node 8
@@ -29,17 +34,12 @@ import os
 import re
 import resource
 import signal
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import forkserver, get_context
 from pathlib import Path
 from typing import IO, Literal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before main(): no traceback
-sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 
 import pandas as pd
 import torch
@@ -60,6 +60,7 @@ BENCHMARKS = {  # id:config:split on the hub
     "aime24": "HuggingFaceH4/aime_2024::train",
     "aime25": "math-ai/aime25::test",
 }
+ANSWERS = "answer", "final_answer", "expected_answer", "reward_model.ground_truth"  # columns
 VERDICTS = ["final", "dual", "answer_only", "boxed_only"]  # in the order of the report
 
 
@@ -70,9 +71,13 @@ class Settings:
     data: list[str] = HfArg(default_factory=lambda: [*BENCHMARKS], help="or files, or hub ids")
     prompt: list[str] = HfArg(
         default_factory=lambda: ["student"],
-        help="student, or the teacher's with v1, v2, percent:50 or a text; one, or one per model",
+        help="an instruction for the model: v1, v2, percent:50 or a text, or student, which is "
+        "none; one, or one per model (opsdc.py's --prompt is --prompt_style here)",
     )
-    prompt_style: str = HfArg(default="", help="as of opsdc.py --prompt; else as models know it")
+    prompt_style: str = HfArg(default="", help="as of opsdc.py --prompt; else as in training")
+    thinking: Literal["as trained", "template", "on", "off"] = HfArg(
+        default="as trained", help="as of opsdc.py"
+    )
     samples: int = HfArg(default=8, help="responses to each row of a problem")
     limit: int = HfArg(default=0, help="problems of each benchmark; 0 takes all")
     temperature: float = HfArg(default=0.6, help="of sampling")
@@ -97,6 +102,23 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def read_answer(row: dict) -> str:
+    """The gold answer, from the first of ANSWERS that the row has: a text or a number, alone or in
+    a list, behind GSM8K's ####. Raises BadInput where it is none, or a sentence."""
+    columns = row | {ANSWERS[-1]: (row.get("reward_model") or {}).get("ground_truth")}
+    answer = next((columns[name] for name in ANSWERS if columns.get(name) is not None), None)
+    require(answer is not None, f"its columns are {[*row]}, without {', '.join(ANSWERS)}")
+    if isinstance(answer, str) and re.fullmatch(r'\["[^"]*"\]', answer.strip()):
+        answer = json.loads(answer)
+    answer = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
+    good = isinstance(answer, str | int | float) and answer == answer  # NaN is not
+    text = str(answer).rpartition("####")[2].strip()
+    require(good and text, f"answer is {answer!r}, no text or number")
+    sentence = re.search(r"\b(?:is|are)\b", re.sub(r"\{.*\}", "", text))
+    require(not sentence, f"answer is {text!r}, a sentence: leave the answer alone in it")
+    return text
+
+
 def load_problems(source: str, limit: int) -> list[dict]:
     """The problems of a benchmark: dicts with benchmark, id, chat, answer, level (None if unknown),
     rows (how many have this id) and same (equal where chat and answer are). Raises BadInput for a
@@ -104,13 +126,10 @@ def load_problems(source: str, limit: int) -> list[dict]:
     problems = {}
     for i, row in enumerate(opsdc.load_rows(BENCHMARKS.get(source, source))):
         with blame(f"{source}, row {i + 1}"):
-            chat, level = opsdc.read_chat(row), row.get("level")
-            answer = row.get("answer", (row.get("reward_model") or {}).get("ground_truth"))  # DAPO
-            for name, value in {"answer": answer, "level": level}.items():
-                good = isinstance(value, str | int | float) and value == value  # NaN is not
-                if not (good and str(value).strip(" #\n") or name == "level" and value is None):
-                    raise ValueError(f"{name} is {value!r}, no text or number")
-            answer, number = str(answer).rpartition("####")[2].strip(), row.get("id", i)
+            chat, answer, level = opsdc.read_chat(row), read_answer(row), row.get("level")
+            good = level is None or (isinstance(level, str | int | float) and level == level)
+            require(good, f"level is {level!r}, no text or number")  # NaN is none
+            number = row.get("id", i)
             problem = {"id": str(row.get("unique_id", number)), "answer": answer, "level": level}
             problem |= {"benchmark": Path(source).stem, "chat": chat, "rows": 0}
             problem["same"] = digest(json.dumps([chat, answer]))
@@ -128,41 +147,17 @@ def load_problems(source: str, limit: int) -> list[dict]:
 
 # ---- Grading -------------------------------------------------------------------------------------
 
-LONGEST_ANSWER = 1000  # characters: nobody accepts a longer final answer
+THINKING = {  # how models mark its beginning and its end
+    "<think>": "</think>",
+    "<thought>": "</thought>",
+    "[THINK]": "[/THINK]",  # Magistral
+    "◁think▷": "◁/think▷",  # Kimi
+    "<seed:think>": "</seed:think>",
+    "<|channel>thought": "<channel|>",  # Gemma 4
+    "<|channel|>analysis": "<|channel|>final<|message|>",  # gpt-oss
+}
 forkserver.set_forkserver_preload(["opsdc", "math_verify", "pandas", "pebble"])  # of workers
 WORKER_MEMORY = 2 << 30  # bytes, beside what a worker starts with
-
-# A line "Answer: X", with markdown or "the final" before it; inside a line only with a capital,
-# because "we check our answer: ..." states nothing. A display needs no colon before it.
-NAME = r"(?:(?i:the|my|final|correct)[ \t]+)*(?i:answers?)"
-LINE, CAPITAL = rf"^[ \t>#*_-]*{NAME}", r"\bA(?:nswers?|NSWERS?)"
-BARE = r"(?=\**[-\d$\\({\[√π])(?!\d+[.)][ \t])"  # without a colon; no item of a list
-ANSWER = re.compile(
-    rf"(?m)(?:{LINE}|{CAPITAL})(?:[ \t]+(?:is|are))?[*_ \t]{{0,9}}(?::|\s{{0,9}}(?=\$\$|\\\[))"
-    r"|\banswers?[ \t]+(?:is|are)[*_ \t]{0,9}:?\s{0,9}(?=\$\$|\\\[)"
-    rf"|{CAPITAL}[*_ \t]{{0,9}}=|{LINE}[*_ \t]{{0,9}}\n\s{{0,9}}{BARE}"  # the second: a heading
-    r"|(?:^[ \t>#*_-]*|[.!?][ \t]+\**)(?:(?:So|Thus|Hence|Therefore),?[ \t]+)?"  # the last sentence
-    rf"{NAME}[ \t]+(?:is|are)[ \t]+{BARE}(?=(?:[^\n.]|\.(?=\S)){{1,200}}\Z)"
-    r"|^####[ \t]*(?=[-+$\\\d.,/% ]{1,50}\Z)",  # the last line, as in GSM8K
-)
-DISPLAY = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]", re.S)
-# An answer ends with its line or sentence, and where a reason follows.
-END = re.compile(r"\n|\.\s|[\s,;]+\(?(?:since|because)\b|,\s+(?:as|which)\b")
-# Formulas between dollars or brackets; "$1$, $2$ and $3$" counts as one.
-FORMULA = r"(?:(?<!\\)\$\$?(?:\\\$|[^$])+\$\$?|\\\(.+?\\\)|\\\[.+?\\\])"
-FORMULAS = re.compile(rf"{FORMULA}(?:(?:[\s,;]|and|or)*{FORMULA})*", re.S)
-# math-verify takes 5 million for 5, 52 for 52_8, and 1, 2 or the set {1, 2} for the point (1, 2).
-NUMBER_WORD = r"dozen|hundred|thousand|\w+illion"
-BASE, BRACKET = r"\d_\{?(\w+)", r"(\\\{|(?<!\\)\()[^()]*,"
-UNIT = r"(?<=\d)\s*(?:[€£¥]|(?:[cdkm]m|in|ft)\^?[23²³]|m[²³])$"  # not in math-verify
-# A number and at most three words that can't change its value: "5 dollars", "5 (see above)".
-CHANGES = (
-    rf"(?:{NUMBER_WORD}|third|quarter|\w+th)s?|half|halves|percent\w*|squared|cubed|times|plus|"
-    r"minus|over|root|sqrt|factorial|mod\w*|base|log|sin|cos|tan|alpha|beta|theta|and|for|when|"
-    r"where|unless|with|without|more|less|than|not|are"
-)
-WORDS = rf"(?:\s+\(?(?!(?:{CHANGES})\b)[a-zA-Z]{{3,}}\)?){{1,3}}"
-WITH_WORDS = re.compile(rf"(\\?\$?-?\d[\d,]*(?:\.\d+)?)\**{WORDS}")
 
 
 def paper_answer(response: str) -> str:
@@ -172,58 +167,76 @@ def paper_answer(response: str) -> str:
     return rf"\boxed{{{stated}}}" if stated else ""
 
 
+def after_thinking(response: str) -> str:
+    """The response after its thinking, "" while that is open. A second closing mark at the very end
+    closes nothing."""
+    for opening, closing in THINKING.items():
+        if response.count(closing) > 1:
+            response = response.rstrip().removesuffix(closing)
+        response = response.rpartition(closing)[2]
+        if opening in response:
+            return ""
+    return response
+
+
+LONGEST_ANSWER = 1000  # characters
+SYMBOLS = str.maketrans({"°": r"^\circ", "π": r"\pi ", "∞": r"\infty ", "−": "-", "²": "^2"})
+# Inside of a sentence only a capital counts, because "we check our answer: ..." states nothing.
+OPENING = r"(?:^|[.!?] )[ \t>#*_-]*(?:(?:so|thus|hence|therefore|the|my|final|correct),? )*"
+NAME = rf"(?:(?i:{OPENING}answers?)|\bAnswers?|\bANSWERS?|答案)"
+SHORT = r"(?=\**[-\d$\\({\[√π])(?!\d+[.)] )"  # a number or a formula, but no item of a list
+STATED = re.compile(
+    rf"(?m){NAME}(?: is| are|是)?[*_ \t]*[:\uff1a](?!\s*\n\d+[.)] )"  # Answer: 5
+    rf"|{NAME}[*_ \t]*(?:\n\s*{SHORT}|(?=\$\$|\\\[))"  # a heading above the answer, a display
+    rf"|{NAME} (?:is|are) {SHORT}(?=(?:[^\n.?]|\.\S){{1,200}}\Z)"  # the last sentence
+    r"|\bAnswers?[*_ \t]*=|<answer>|^####[ \t]*(?=[-+$\\\d.,/% ]{1,50}\Z)"  # the last is GSM8K's
+)
+END = re.compile(r"\n|\.\s|。|</answer>|[\s,;]+\(?(?:since|because)\b")  # a reason may follow
+NUMBER_WORD = r"dozen|hundred|thousand|\w+illion"
+CHANGES = re.compile(  # beside a number: "5 squared", "5 x", "not 5"; "5 apples" is 5
+    r"(?i)[^a-z\s.,;:()*=]|\b(?!cm|mm|km|kg|ft)[a-z]{1,2}\b|\b(?:halves|percent\w*|squared|cubed|"
+    rf"(?:{NUMBER_WORD}|half|third|quarter|\w+th)s?|times|plus|minus|over|root|factorial|mod\w*|"
+    r"base|and|for|when|where|unless|with\w*|more|less|least|most|than|not|are)\b"
+)
+
+
 def final_answer(response: str) -> str:
-    """The answer stated last after the thinking, for math-verify; "" where there is none."""
-    text = response.rpartition("</think>")[2].rstrip("*_. \t\r\n")
-    text = re.sub(r"\\(?:boxed|fbox)\s*\{\s*\}", "", text)
-    mark = max((match.end() for match in ANSWER.finditer(text)), default=-1)
-    box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if "<think>" in text or box == mark == -1:
-        return ""  # it was still thinking when it ended, or states nothing
-    if box >= mark:  # it may stand in a sentence with others, all of them the answer
+    """The answer stated last after the thinking, in a box for math-verify; else an empty box."""
+    text = re.sub(r"\\(?:boxed|fbox)\s*\{\s*\}", "", after_thinking(response)).rstrip("*_. \t\r\n")
+    stated = max((match.end() for match in STATED.finditer(text)), default=-1)
+    box = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
+    answer = text[stated:].lstrip("*_`\"' \t\r\n")[:LONGEST_ANSWER] if stated >= 0 else ""
+    if box > stated:  # it may stand in a sentence with others, all of them the answer
         sentence = re.split(r"\n|[.!?]\s", text[max(0, box - LONGEST_ANSWER) : box])[-1]
         answer = extract_boxed_content(sentence + text[box : box + LONGEST_ANSWER], "last")
-        return rf"\boxed{{{plain(answer)}}}" if answer.count("{") == answer.count("}") else ""
-    rest = text[mark:].lstrip(" \t\r\n*_")[: LONGEST_ANSWER + 1]
-    if display := DISPLAY.match(rest):
-        answer = " ".join((display[1] or display[2]).split())
-    else:  # of "the answer is 5" the 5
-        answer = END.split(rest, maxsplit=1)[0]
-        if len(answer) > LONGEST_ANSWER:
-            return ""
-        answer = re.sub(r"^.*\b(?:is|are|it's)\b:?\s+(?=.*[\d$\\])", "", answer)
-    answer = answer.lstrip("*_`\"' \t").rstrip("*_`\"' \t.,;:?")
-    answer = plain(re.sub(UNIT, "", answer))
-    if number := WITH_WORDS.fullmatch(answer):
-        answer = number[1]
-    # One formula in a sentence is the answer; of several, math-verify would take the last.
-    alone = len(FORMULAS.findall(answer)) == 1
-    return answer if alone or not answer else rf"\boxed{{{answer}}}"
+    elif display := re.match(r"(?s)(?:\$\$|\\\[)(.+?)(?:\$\$|\\\])", answer):
+        answer = display[1]
+    else:
+        answer = re.sub(r"^[^\d$\\]*\b(?:is|are|it's)\b:? ", "", END.split(answer)[0])
+        answer = plain(answer.rstrip("*_`\"' \t.,;:?"))
+        answer = re.sub(r"^(?:\\?\$)?(-?\d[\d,]*(?:\.\d+)?)(?=[\s*])", r"$\1$", answer)
+        parts = re.split(r"(?<!\\)(?:\$+|\\[()\[\]])", answer)  # words, formula, words, ...
+        alone = len(parts) == 3 and not CHANGES.search(f"{parts[0]} {parts[2]}")
+        answer = parts[1] if alone else " ".join(parts)  # "$1$ and $2$" is a list
+    return rf"\boxed{{{plain(answer)}}}" if answer.count("{") == answer.count("}") else ""
 
 
 def plain(answer: str) -> str:
-    """LaTeX for √, ° and pi; a time of day as a text; 12^{th} as 12, and 1 234 as 1234."""
-    answer = re.sub(r"√(\d+|\w|\([^()]*\))", r"\\sqrt{\1}", answer.replace("°", r"^\circ"))
-    answer = re.sub(r"(?<=\d)(?:\\,|~|\\?\s)(?=\d{3}(?!\d))", "", answer)
-    ends = re.compile(r"\\(?:text|mathrm)\{\s*([\d:\s]*[ap]\.?m\.?|st|nd|rd|th)\s*\}", re.I)
-    time = re.compile(r"(\d?\d:\d\d)[\s~]*([ap])\.?m\b\.?", re.I)
-    answer = time.sub(r"\\text{\1 \2.m.}", ends.sub(r"\1", answer))
-    answer = re.sub(r"(?<=\d)\^(?:\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th)\b)", "", answer)
-    return re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi", answer)
+    """LaTeX for √, pi and SYMBOLS; 1234 for 1 234; a time of day as a text; no full stop."""
+    answer = re.sub(r"√(\d+|\w|\([^()]*\))", r"\\sqrt{\1}", answer.rstrip(". \n"))
+    answer = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π", answer)
+    answer = re.sub(r"(?<=\d)(?:\\,|~|\\?\s)(?=\d{3}(?!\d))", "", answer.translate(SYMBOLS))
+    time = r"(?i)(?:\\text\{\s*)?(\d?\d:\d\d)[\s~}]*(?:\\text\{\s*)?([ap])\.?m\b\.?\s*\}?"
+    return re.sub(time, r"\\text{\1 \2.m.}", answer)
 
 
 def contradicts(gold: str, text: str) -> bool:
-    """Whether number words differ, or gold's bases, or brackets; or a point in gold is a list."""
-    sides, kinds = (gold, text), (NUMBER_WORD, BASE, BRACKET)
-    found = ([{*re.findall(kind, side, re.I)} for side in sides] for kind in kinds)
-    words, bases, brackets = found
-    listed = "," in text and not re.search(r"(?<!\\)[(\[]|[\\$]\{|=", text)
-    if words[0] != words[1] or bases[0] - bases[1] or (listed and "(" in brackets[0]):
-        return True
-    return all(brackets) and brackets[0].isdisjoint(brackets[1])
-
-
-STATED = {"final": final_answer, "answer_only": paper_answer, "boxed_only": str}
+    """Whether number words differ, or bases or brackets that both name; or a point is a list."""
+    kinds = NUMBER_WORD, r"\d_\{?(?:\\\w+\{)?(\w+)", r"(\\\{|(?<!\\)\()[^()]*,"
+    words, *others = [[{*re.findall(kind, side, re.I)} for side in (gold, text)] for kind in kinds]
+    listed = "," in text and not re.search(r"(?<!\\)[(\[]|\\\{|=", text)
+    differ = any(a and b and a.isdisjoint(b) for a, b in others)
+    return words[0] != words[1] or differ or (listed and "(" in others[-1][0])
 
 
 def compare(verdict: str, response: str, gold: str, limit: float) -> bool | None:
@@ -232,7 +245,7 @@ def compare(verdict: str, response: str, gold: str, limit: float) -> bool | None
     inside C code. Gold answers are LaTeX; only the paper's paths also read plain numbers."""
     signal.setitimer(signal.ITIMER_PROF, limit)
     try:
-        text, latex = STATED[verdict](response), LatexExtractionConfig()
+        text, latex = READ[verdict](response), LatexExtractionConfig()
         kinds = [latex] if verdict == "final" else [ExprExtractionConfig(), latex]
         gold = plain(gold) if verdict == "final" else gold
         if not text.strip() or (verdict == "final" and contradicts(gold, text)):
@@ -243,6 +256,9 @@ def compare(verdict: str, response: str, gold: str, limit: float) -> bool | None
         return None
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+READ = {"final": final_answer, "answer_only": paper_answer, "boxed_only": str}
 
 
 def start_worker() -> None:
@@ -263,16 +279,16 @@ def grade(pool: ProcessPool, rows: Iterable[tuple], limit: float = 5.0) -> list[
     """The verdicts of each (response, gold), and `errors`: how many comparisons were ended. Each of
     the three has a third of `limit` seconds of processor time, and ten times as much on the clock.
     One that is ended counts as wrong and spoils no other."""
-    share = limit / len(STATED)
+    share = limit / len(READ)
     jobs = [
-        {name: pool.schedule(compare, (name, *row, share), timeout=10 * share) for name in STATED}
+        {name: pool.schedule(compare, (name, *row, share), timeout=10 * share) for name in READ}
         for row in rows
     ]
     graded = []
     for job in jobs:
-        found = {name: None if job[name].exception() else job[name].result() for name in STATED}
+        found = {name: None if job[name].exception() else job[name].result() for name in READ}
         found["dual"] = found["answer_only"] or found["boxed_only"]
-        errors = [found[name] for name in STATED].count(None)
+        errors = [found[name] for name in READ].count(None)
         graded.append({name: bool(found[name]) for name in VERDICTS} | {"errors": errors})
     return graded
 
@@ -285,28 +301,27 @@ Prepared = tuple[Tokenizer, dict[tuple, Ids], GenerationConfig]
 KEY = ("model", "prompt", "benchmark", "id", "sample")  # tells a sample from all others
 
 
-def common_style(models: list[str]) -> str:
-    """The style of prompts that the trained models among these know, by run.json; else `paper`.
-    Raises BadInput if they know several."""
-    places = [place for name in models for place in (Path(name), Path(name).parent)]  # a step-N
+def as_trained(models: list[str], option: str, otherwise: str) -> str:
+    """An option of opsdc.py as the run.json of trained models says, in their directory or, for a
+    step-N, in the one above; else `otherwise`. Raises BadInput if they differ."""
+    places = [place for name in models for place in (Path(name), Path(name).parent)]
     runs = [run for place in places if (run := place / "run.json").exists()]
     with blame(" and ".join(map(str, runs))):
         configs = [json.loads(run.read_text(encoding="utf-8"))["config"] for run in runs]
-        styles = {config.get("prompt", "paper") for config in configs} or {"paper"}
-        require(len(styles) == 1, "they differ in --prompt: choose one --prompt_style for all")
-    return styles.pop()
+        found = {config.get(option, otherwise) for config in configs} or {otherwise}
+        require(len(found) == 1, f"they differ in --{option}: choose one for all, see --help")
+    return found.pop()
 
 
 def identify(name: str) -> dict[str, str]:
-    """What tells a model from others: a hub id's commit, and digests of a directory's files, which
-    are read in full (16 GB: some 20 seconds). Raises BadInput for what is no model."""
-    kinds = ("*config.json", "*token*", "*.jinja", "*.safetensors")
+    """What tells a model from others: a hub id's commit, or sizes and times of a directory's files.
+    Raises BadInput for what is no model."""
     with blame(name):
-        digests = {f"snapshot of {name}": Path(cached_file(name, "config.json")).parent.name}
-        for path in sorted(path for kind in kinds for path in Path(name).glob(kind)):
-            with path.open("rb") as file:
-                digests[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+        found = {f"snapshot of {name}": Path(cached_file(name, "config.json")).parent.name}
+    kinds = "*config.json", "*token*", "*.jinja", "*.safetensors"
+    for path in sorted(path for kind in kinds for path in Path(name).glob(kind)):
+        found[str(path)] = f"{path.stat().st_size} bytes of {path.stat().st_mtime_ns}"
+    return found
 
 
 def prepare(candidate: Candidate, problems: Problems, settings: Settings) -> Prepared:
@@ -318,7 +333,7 @@ def prepare(candidate: Candidate, problems: Problems, settings: Settings) -> Pre
     other = [*chats[0][:-1], {"role": "user", "content": chats[0][-1]["content"] + " Why?"}]
     tokenizer = opsdc.load_tokenizer(name)
     with blame(name):
-        probe, *prompts = opsdc.encode_chats(tokenizer, [other, *chats], "template")
+        probe, *prompts = opsdc.encode_chats(tokenizer, [other, *chats], settings.thinking)
         require(probe != prompts[0], "its chat template leaves the problem out")
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device("meta"):  # no weights
@@ -330,14 +345,17 @@ def prepare(candidate: Candidate, problems: Problems, settings: Settings) -> Pre
 
 
 def generate(model: Model, tokenizer: Tokenizer, prompts: list[Ids]) -> list[dict]:
-    """Samples one response to each prompt, all at once, ungraded."""
-    completions, samples = opsdc.rollout(model, prompts, len(prompts)), []
+    """Samples one response to each prompt, all at once, ungraded. Special tokens stay in it, as
+    some mark thinking, but for stop ids and padding; so does a mark at the end of the prompt."""
+    stop_ids, samples = model.generation_config.eos_token_id, []
+    completions = opsdc.rollout(model, prompts, len(prompts))
     for prompt, completion in zip(prompts, completions, strict=True):
-        thinks = tokenizer.decode(prompt).rstrip().endswith("<think>")  # as some templates do
-        text = tokenizer.decode(completion, skip_special_tokens=True)
-        finished = completion[-1] in model.generation_config.eos_token_id
-        sample = {"response": "<think>\n" * thinks + text, "tokens": len(completion)}
-        samples.append(sample | {"finished": finished})
+        begin = tokenizer.decode(prompt).rstrip()
+        opened = [mark for mark in THINKING if begin.endswith(mark)]  # as some templates do
+        kept = [token for token in completion if token not in (*stop_ids, tokenizer.pad_token_id)]
+        sample = {"response": "\n".join([*opened, tokenizer.decode(kept)])}
+        sample |= {"tokens": len(completion), "finished": completion[-1] in stop_ids}
+        samples.append(sample)
     return samples
 
 
@@ -406,11 +424,20 @@ def read_samples(output_dir: Path) -> dict[tuple, dict]:
     return samples
 
 
+def interval(means: pd.Series) -> list[float]:
+    """Both ends of a 95% interval around the mean of problems' means, by "plus four": mean and 1.96
+    standard errors after two right and two wrong problems are added, which holds for few problems
+    and near 0 and 1, where the plain standard error can be 0."""
+    draws = pd.Series([*means, 1, 1, 0, 0])
+    half = 1.96 * draws.sem()
+    return [max(0.0, draws.mean() - half), min(1.0, draws.mean() + half)]
+
+
 def summarize(rows: list[dict]) -> pd.DataFrame:
     """Means by benchmark, level ("all", then each) and candidate, in the order of the rows.
-    NAME_interval is half of a 95% interval, 1.96 standard errors. Samples of one problem are alike,
-    in several rows too, so only the problems' means count as independent draws. Reductions are
-    against the tokens of the first candidate."""
+    NAME_interval is a 95% interval. Samples of one problem are alike, in several rows too, so only
+    the problems' means count as independent draws. Reductions are against the tokens of the first
+    candidate."""
     levels = {row["level"] for row in rows} - {None}
     levels = sorted(levels, key=lambda level: (isinstance(level, str), level))
     parts = {"all": rows} | {str(one): [r for r in rows if r["level"] == one] for one in levels}
@@ -423,15 +450,15 @@ def summarize(rows: list[dict]) -> pd.DataFrame:
     summary["reduction"] = 1 - summary["tokens"] / base
     summary["problems"] = problems.size()
     summary["errors"] = table.groupby(group)["errors"].sum()
-    return summary.join((1.96 * problems[VERDICTS].sem()).add_suffix("_interval"))
+    return summary.join(problems[VERDICTS].agg(interval).add_suffix("_interval"))
 
 
 def report(summary: pd.DataFrame) -> str:
     """The summary as a Markdown table, accuracies in %."""
     table = pd.DataFrame(index=summary.index)
     for name in VERDICTS:
-        pairs = zip(100 * summary[name], 100 * summary[f"{name}_interval"], strict=True)
-        table[name] = [f"{mean:.1f} ± {half:.1f}".removesuffix(" ± nan") for mean, half in pairs]
+        cells = zip(summary[name], summary[f"{name}_interval"], strict=True)
+        table[name] = [f"{100 * x:.1f} ({100 * a:.1f}-{100 * b:.1f})" for x, (a, b) in cells]
     table["tokens"] = summary["tokens"].map("{:,.1f}".format)
     table[["reduced", "cut"]] = summary[["reduction", "cut"]].map("{:.1%}".format)
     table = table.sort_index(level="benchmark", sort_remaining=False, kind="stable").reset_index()
@@ -457,7 +484,10 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
         raise BadInput("the same model with the same prompt is named twice")
     if len({Path(source).stem for source in settings.data}) < len(settings.data):
         raise BadInput("--data has two files of the same name, which tells benchmarks apart")
-    settings = replace(settings, prompt_style=settings.prompt_style or common_style(models))
+    if not settings.prompt_style:
+        settings = replace(settings, prompt_style=as_trained(models, "prompt", "paper"))
+    if settings.thinking == "as trained":
+        settings = replace(settings, thinking=as_trained(models, "thinking", "template"))
     rows = [row for source in settings.data for row in load_problems(source, settings.limit)]
     problems = {(row["benchmark"], row["id"]): row for row in rows}
     written = {}
@@ -532,8 +562,6 @@ def main() -> None:
         parser.exit(2, f"eval.py: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, "eval.py: interrupted; the same command goes on where it stopped\n")
-    except OSError as error:  # a full disk, a closed terminal
-        parser.exit(1, f"eval.py: {error}; the same command goes on where it stopped\n")
     dist.destroy_process_group()
 
 
