@@ -167,9 +167,10 @@ STATED = re.compile(
 END = re.compile(r"\n|\.\s|。|</answer>|[\s,;]+\(?(?:since|because)\b")  # a reason may follow
 NUMBER_WORD = r"dozen|hundred|thousand|\w+illion"
 CHANGES = re.compile(  # beside a number: "5 squared", "5 x", "not 5"; "5 apples" is 5
-    r"(?i)[^a-z\s.,;:()*=]|\b(?!cm|mm|km|kg|ft)[a-z]{1,2}\b|\b(?:halves|percent\w*|squared|cubed|"
-    rf"(?:{NUMBER_WORD}|half|third|quarter|\w+th)s?|times|plus|minus|over|root|factorial|mod\w*|"
-    r"base|and|for|when|where|unless|with\w*|more|less|least|most|than|not|are)\b"
+    r"(?i)[^a-z\s.,;:()*=%]|\b(?!cm|mm|km|kg|ft|is|we|of|in|it|he|by)[a-z]{1,2}\b|\b(?:percent\w*|"
+    rf"(?:{NUMBER_WORD}|half|third|quarter|(?:four|fif|six|seven|eigh|nin|ten)th)s?|halves|squared|"
+    r"cubed|times|plus|minus|over|root|factorial|mod\w*|base|and|for|(?-i:when)|where|unless|"
+    r"without|more|less|least|most|than|not|are)\b"
 )
 
 
@@ -185,7 +186,7 @@ def final_answer(response: str) -> str:
     elif display := re.match(r"(?s)(?:\$\$|\\\[)(.+?)(?:\$\$|\\\])", answer):
         answer = display[1]
     else:
-        answer = re.sub(r"^[^\d$\\]*\b(?:is|are|it's)\b:? ", "", END.split(answer)[0])
+        answer = re.sub(r"^.*\b(?:is|are|it's)\b:? (?=.*[\d$\\])", "", END.split(answer)[0])
         answer = plain(answer.rstrip("*_`\"' \t.,;:?"))
         answer = re.sub(r"^(?:\\?\$)?(-?\d[\d,]*(?:\.\d+)?)(?=[\s*])", r"$\1$", answer)
         parts = re.split(r"(?<!\\)(?:\$+|\\[()\[\]])", answer)  # words, formula, words, ...
@@ -195,10 +196,10 @@ def final_answer(response: str) -> str:
 
 
 def plain(answer: str) -> str:
-    """LaTeX for √, pi and SYMBOLS; 1234 for 1 234; a time of day as a text; no full stop."""
+    """LaTeX for √, pi and SYMBOLS; 1234 for 1 234 and 5 for 5€; a time of day as a text."""
     answer = re.sub(r"√(\d+|\w|\([^()]*\))", r"\\sqrt{\1}", answer.rstrip(". \n"))
-    answer = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π", answer)
-    answer = re.sub(r"(?<=\d)(?:\\,|~|\\?\s)(?=\d{3}(?!\d))", "", answer.translate(SYMBOLS))
+    answer = re.sub(r"(?<=\d)(?:(?:\\,|~|\\?\s)(?=\d{3}(?!\d))|\s*(?:€|[ck]?m[²³])$)", "", answer)
+    answer = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π", answer).translate(SYMBOLS)
     time = r"(?i)(?:\\text\{\s*)?(\d?\d:\d\d)[\s~}]*(?:\\text\{\s*)?([ap])\.?m\b\.?\s*\}?"
     return re.sub(time, r"\\text{\1 \2.m.}", answer)
 
@@ -207,9 +208,8 @@ def contradicts(gold: str, text: str) -> bool:
     """Whether number words differ, or bases or brackets that both name; or a point is a list."""
     kinds = NUMBER_WORD, r"\d_\{?(?:\\\w+\{)?(\w+)", r"(\\\{|(?<!\\)\()[^()]*,"
     words, *others = [[{*re.findall(kind, side, re.I)} for side in (gold, text)] for kind in kinds]
-    listed = "," in text and not re.search(r"(?<!\\)[(\[]|\\\{|=", text)
-    differ = any(a and b and a.isdisjoint(b) for a, b in others)
-    return words[0] != words[1] or differ or (listed and "(" in others[-1][0])
+    listed = "(" in others[-1][0] and "," in text and not re.search(r"(?<!\\)[(\[]|[\\{]\{|=", text)
+    return words[0] != words[1] or listed or any(a and b and a.isdisjoint(b) for a, b in others)
 
 
 def compare(read: Callable, response: str, gold: str, limit: float) -> bool | None:
