@@ -206,7 +206,7 @@ def plain(answer: str) -> str:
 
 def contradicts(gold: str, text: str) -> bool:
     """Whether number words differ, or bases or brackets that both name; or a point is a list."""
-    kinds = NUMBER_WORD, r"\d_\{?(?:\\\w+\{)?(\w+)", r"(\\\{|(?<!\\)\()[^()]*,"
+    kinds = NUMBER_WORD, r"\d_\{?(\w+)", r"(\\\{|(?<!\\)\()[^()]*,"
     words, *others = [[{*re.findall(kind, side, re.I)} for side in (gold, text)] for kind in kinds]
     listed = "(" in others[-1][0] and "," in text and not re.search(r"(?<!\\)[(\[]|[\\{]\{|=", text)
     return words[0] != words[1] or listed or any(a and b and a.isdisjoint(b) for a, b in others)
