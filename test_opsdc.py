@@ -875,7 +875,8 @@ def test_hostile_responses_are_wrong_and_harm_no_other(grade):
     assert all(v["errors"] and not v["dual"] and not v["final"] for v in found[::2])  # and counted
     assert all(v["final"] and v["dual"] and not v["errors"] for v in found[1::2])
     assert mixed["final"] and not mixed["answer_only"] and mixed["errors"]
-    *found, good = grade([*((response, "17") for response in odd), ("Answer: 5", "5")])
+    rows = [*((response, "17") for response in odd), ("Answer: 5", "5")]
+    *found, good = grade(rows, limit=1.5)
     assert not any(v["final"] for v in found) and good["final"] and good["dual"]
 
 
