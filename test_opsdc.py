@@ -1192,9 +1192,9 @@ SAMPLE = '{"id": 0, "response": "Answer: 2", "tokens": 3, "finished": true}\n'
 SAMPLES = [(SAMPLE * 2, "must have --samples 1 of each problem, no others")]
 SAMPLES += [(SAMPLE + SAMPLE.replace("0", "7"), "no others")]
 SAMPLES += [(SAMPLE.replace("3", '"3"'), "r.jsonl, row 1 can't be used: its tokens is no int")]
-WORDS = table("""toy {tmp}/no => no can't be used | toy toy => named twice | toy RANK=1 => error
+WORDS = table("""toy {tmp}/no => no can't be used | toy toy => named twice
     toy --prompt v3 => --instruction is 'v3' | toy --prompt v1 v2 => 2 --prompt for 1 models
-    toy --prompt_style=v1 => 'v1' is no style
+    toy --prompt_style=v1 => is 'v1', not paper
     toy --max_new_tokens=1020 => toy has 1024 positions | toy --samples=0 => --samples is 0
     toy --temperature=0 => --temperature must be | toy --seed=99999999999 => --seed is 99999999999
     --limit=2 => name models to evaluate | --responses r --data a b => needs one benchmark
