@@ -2,17 +2,20 @@
 
     python eval.py Qwen/Qwen3-8B runs/opsdc       # the baseline first, then what it is compared to
     python eval.py Qwen/Qwen3-8B Qwen/Qwen3-8B --prompt student v1    # the concise-prompt baseline
+    python eval.py Qwen/Qwen3-8B pb09204048/CRISP-Qwen3-8B-v1         # the authors' trained model
     python eval.py @toy/eval                      # the toy: base, concise prompt, trained
 
 Each response gets four verdicts, all by math-verify:
     final          for a careful reader: the answer stated last, after the thinking
     answer_only    the paper's first path: the last `Answer: X` in the response
     boxed_only     the paper's second path: the whole response
-    dual           the paper's (version 2): right if one of its two paths is right
+    dual           the paper's (version 7): right if one of its two paths is right
 
 `final` reads a box, `Answer: 5` or `Answer = 5`, a heading `Answer` above the answer, and at the
 very end "the answer is 5" or `#### 5`. It refuses on purpose: a number that none of these states,
-another sentence around it, rounded decimals, a list for a point, an open box or thinking block.
+other sentences, a list for a point, an open box or thinking block, decimals rounded to five places
+or fewer (3.333333 is right for 10/3). All models are asked alike: as run.json says, in a trained
+model's directory or the one above, else in the paper's style, as a step-N copied elsewhere is.
 
 Samples are rows of samples-RANK.jsonl in --output_dir, written batch by batch. The same command
 continues an interrupted evaluation, also on another number of ranks (`torchrun --nproc-per-node 8
@@ -24,22 +27,16 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import resource
 import signal
-import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import forkserver, get_context
 from pathlib import Path
 from typing import IO, Literal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C before main(): no traceback
-sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out
 
 import pandas as pd
 import torch
@@ -60,6 +57,7 @@ BENCHMARKS = {  # id:config:split on the hub
     "aime24": "HuggingFaceH4/aime_2024::train",
     "aime25": "math-ai/aime25::test",
 }
+ANSWERS = "answer", "final_answer", "expected_answer", "reward_model.ground_truth"  # columns
 VERDICTS = ["final", "dual", "answer_only", "boxed_only"]  # in the order of the report
 
 
@@ -70,9 +68,10 @@ class Settings:
     data: list[str] = HfArg(default_factory=lambda: [*BENCHMARKS], help="or files, or hub ids")
     prompt: list[str] = HfArg(
         default_factory=lambda: ["student"],
-        help="student, or the teacher's with v1, v2, percent:50 or a text; one, or one per model",
+        help="instruction: student (none), v1, v2, percent:50 or a text; one, or one per model",
     )
-    prompt_style: str = HfArg(default="", help="as of opsdc.py --prompt; else as models know it")
+    prompt_style: str = HfArg(default="", help="opsdc.py calls it --prompt; else as in training")
+    thinking: Literal["", "template", "on", "off"] = HfArg(default="", help="as opsdc.py's")
     samples: int = HfArg(default=8, help="responses to each row of a problem")
     limit: int = HfArg(default=0, help="problems of each benchmark; 0 takes all")
     temperature: float = HfArg(default=0.6, help="of sampling")
@@ -84,17 +83,27 @@ class Settings:
     dtype: Literal["float32", "bfloat16"] = HfArg(default=opsdc.Config.dtype, help="of models")
 
     def __post_init__(self) -> None:
-        least = {"samples": 1, "max_new_tokens": 1, "batch_size": 1, "limit": 0, "top_k": 0}
-        for name, low in (least | {"seed": 0}).items():
-            if not low <= (value := getattr(self, name)) < 2**32:
-                raise BadInput(f"--{name} is {value}, but must be from {low} to 2**32 - 1")
-        require(0 < self.temperature < math.inf, "--temperature must be more than 0")
+        at_least_1 = "samples", "max_new_tokens", "batch_size"
+        for name in (*at_least_1, "limit", "top_k", "seed"):
+            value, low = getattr(self, name), int(name in at_least_1)
+            require(low <= value < 2**32, f"--{name} is {value}, not from {low} to 2**32 - 1")
+        require(0 < self.temperature < 1e9, "--temperature must be more than 0")
         require(0 < self.top_p <= 1, "--top_p must be more than 0 and at most 1")
 
 
-def digest(text: str) -> str:
-    """The first 16 hexadecimal digits of its SHA-256."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def read_answer(row: dict) -> str:
+    """The gold answer: the first of ANSWERS that the row has, alone in a list or not, and behind
+    GSM8K's ####. Raises BadInput where it is neither a text nor a number, and for a sentence."""
+    columns = row | {ANSWERS[-1]: (row.get("reward_model") or {}).get("ground_truth")}
+    found = [columns[name] for name in ANSWERS if columns.get(name) is not None]
+    require(found, f"its columns are {[*row]}, without {', '.join(ANSWERS)}")
+    answer = json.loads(found[0]) if str(found[0]).startswith('["') else found[0]
+    answer = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
+    text = str(answer).rpartition("####")[2].strip()
+    good = isinstance(answer, str | int | float) and text not in ("", "nan")
+    sentence = re.search(r"\b(?:is|are)\b", re.sub(r"\{.*\}", "", text))
+    require(good and not sentence, f"answer is {answer!r}, no number, formula or name")
+    return text
 
 
 def load_problems(source: str, limit: int) -> list[dict]:
@@ -104,65 +113,26 @@ def load_problems(source: str, limit: int) -> list[dict]:
     problems = {}
     for i, row in enumerate(opsdc.load_rows(BENCHMARKS.get(source, source))):
         with blame(f"{source}, row {i + 1}"):
-            chat, level = opsdc.read_chat(row), row.get("level")
-            answer = row.get("answer", (row.get("reward_model") or {}).get("ground_truth"))  # DAPO
-            for name, value in {"answer": answer, "level": level}.items():
-                good = isinstance(value, str | int | float) and value == value  # NaN is not
-                if not (good and str(value).strip(" #\n") or name == "level" and value is None):
-                    raise ValueError(f"{name} is {value!r}, no text or number")
-            answer, number = str(answer).rpartition("####")[2].strip(), row.get("id", i)
-            problem = {"id": str(row.get("unique_id", number)), "answer": answer, "level": level}
-            problem |= {"benchmark": Path(source).stem, "chat": chat, "rows": 0}
-            problem["same"] = digest(json.dumps([chat, answer]))
+            answer, number = read_answer(row), str(row.get("unique_id", row.get("id", i)))
+            problem = {"benchmark": Path(source).stem, "id": number, "chat": opsdc.read_chat(row)}
+            problem |= {"answer": answer, "level": row.get("level"), "rows": 0}
+            problem["same"] = json.dumps([problem["chat"], answer])
             json.dumps(problem, ensure_ascii=False).encode()  # raises for a lone surrogate
             first = problems.setdefault(problem["id"], problem)
             first["rows"] += 1
             require(first["same"] == problem["same"], "another problem has the same id")
     require(problems, f"{source} has no rows")
-    kinds = {isinstance(p["level"], str) for p in problems.values() if p["level"] is not None}
-    require(len(kinds) < 2, f"{source} has numbers and texts as levels, which have no order")
-    distinct = list(dict.fromkeys(problem["same"] for problem in problems.values()))
-    kept = set(distinct[: limit or None])
+    kept = [*dict.fromkeys(problem["same"] for problem in problems.values())][: limit or None]
     return [problem for problem in problems.values() if problem["same"] in kept]
 
 
 # ---- Grading -------------------------------------------------------------------------------------
 
-LONGEST_ANSWER = 1000  # characters: nobody accepts a longer final answer
+# How models mark where thinking begins and ends; the last are Magistral, Kimi, Gemma 4, gpt-oss.
+THINKING = {"<think>": "</think>", "<thought>": "</thought>", "<seed:think>": "</seed:think>"}
+THINKING |= {"[THINK]": "[/THINK]", "◁think▷": "◁/think▷", "<|channel>thought": "<channel|>"}
+THINKING |= {"<|channel|>analysis": "<|channel|>final<|message|>"}
 forkserver.set_forkserver_preload(["opsdc", "math_verify", "pandas", "pebble"])  # of workers
-WORKER_MEMORY = 2 << 30  # bytes, beside what a worker starts with
-
-# A line "Answer: X", with markdown or "the final" before it; inside a line only with a capital,
-# because "we check our answer: ..." states nothing. A display needs no colon before it.
-NAME = r"(?:(?i:the|my|final|correct)[ \t]+)*(?i:answers?)"
-LINE, CAPITAL = rf"^[ \t>#*_-]*{NAME}", r"\bA(?:nswers?|NSWERS?)"
-BARE = r"(?=\**[-\d$\\({\[√π])(?!\d+[.)][ \t])"  # without a colon; no item of a list
-ANSWER = re.compile(
-    rf"(?m)(?:{LINE}|{CAPITAL})(?:[ \t]+(?:is|are))?[*_ \t]{{0,9}}(?::|\s{{0,9}}(?=\$\$|\\\[))"
-    r"|\banswers?[ \t]+(?:is|are)[*_ \t]{0,9}:?\s{0,9}(?=\$\$|\\\[)"
-    rf"|{CAPITAL}[*_ \t]{{0,9}}=|{LINE}[*_ \t]{{0,9}}\n\s{{0,9}}{BARE}"  # the second: a heading
-    r"|(?:^[ \t>#*_-]*|[.!?][ \t]+\**)(?:(?:So|Thus|Hence|Therefore),?[ \t]+)?"  # the last sentence
-    rf"{NAME}[ \t]+(?:is|are)[ \t]+{BARE}(?=(?:[^\n.]|\.(?=\S)){{1,200}}\Z)"
-    r"|^####[ \t]*(?=[-+$\\\d.,/% ]{1,50}\Z)",  # the last line, as in GSM8K
-)
-DISPLAY = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]", re.S)
-# An answer ends with its line or sentence, and where a reason follows.
-END = re.compile(r"\n|\.\s|[\s,;]+\(?(?:since|because)\b|,\s+(?:as|which)\b")
-# Formulas between dollars or brackets; "$1$, $2$ and $3$" counts as one.
-FORMULA = r"(?:(?<!\\)\$\$?(?:\\\$|[^$])+\$\$?|\\\(.+?\\\)|\\\[.+?\\\])"
-FORMULAS = re.compile(rf"{FORMULA}(?:(?:[\s,;]|and|or)*{FORMULA})*", re.S)
-# math-verify takes 5 million for 5, 52 for 52_8, and 1, 2 or the set {1, 2} for the point (1, 2).
-NUMBER_WORD = r"dozen|hundred|thousand|\w+illion"
-BASE, BRACKET = r"\d_\{?(\w+)", r"(\\\{|(?<!\\)\()[^()]*,"
-UNIT = r"(?<=\d)\s*(?:[€£¥]|(?:[cdkm]m|in|ft)\^?[23²³]|m[²³])$"  # not in math-verify
-# A number and at most three words that can't change its value: "5 dollars", "5 (see above)".
-CHANGES = (
-    rf"(?:{NUMBER_WORD}|third|quarter|\w+th)s?|half|halves|percent\w*|squared|cubed|times|plus|"
-    r"minus|over|root|sqrt|factorial|mod\w*|base|log|sin|cos|tan|alpha|beta|theta|and|for|when|"
-    r"where|unless|with|without|more|less|than|not|are"
-)
-WORDS = rf"(?:\s+\(?(?!(?:{CHANGES})\b)[a-zA-Z]{{3,}}\)?){{1,3}}"
-WITH_WORDS = re.compile(rf"(\\?\$?-?\d[\d,]*(?:\.\d+)?)\**{WORDS}")
 
 
 def paper_answer(response: str) -> str:
@@ -172,70 +142,85 @@ def paper_answer(response: str) -> str:
     return rf"\boxed{{{stated}}}" if stated else ""
 
 
+def after_thinking(response: str) -> str:
+    """The response after its thinking, "" while that is open. A second closing mark at the very end
+    closes nothing."""
+    for closing in THINKING.values():
+        if response.count(closing) > 1:
+            response = response.rstrip().removesuffix(closing)
+        response = response.rpartition(closing)[2]
+    return "" if any(opening in response for opening in THINKING) else response
+
+
+LONGEST_ANSWER = 1000  # characters
+SYMBOLS = str.maketrans({"°": r"^\circ", "π": r"\pi ", "∞": r"\infty ", "−": "-", "²": "^2"})
+# Inside of a sentence only a capital counts, because "we check our answer: ..." states nothing.
+OPENING = r"(?:^|[.!?] )[ \t>#*_-]*(?:(?:so|thus|hence|therefore|the|my|final|correct),? )*"
+NAME = rf"(?:(?i:{OPENING}answers?)|\bAnswers?|\bANSWERS?|答案)"
+SHORT = r"(?=\**[-\d$\\({\[√π])(?!\d+[.)] )"  # a number or a formula, but no item of a list
+STATED = re.compile(
+    rf"(?m){NAME}(?: is| are|是)?[*_ \t]*[:\uff1a](?!\s*\n\d+[.)] )"  # Answer: 5
+    rf"|{NAME}[*_ \t]*(?:\n\s*{SHORT}|(?=\$\$|\\\[))"  # a heading above the answer, a display
+    rf"|{NAME} (?:is|are) {SHORT}(?=(?:[^\n.?]|\.\S){{1,200}}\Z)"  # the last sentence
+    r"|\bAnswers?[*_ \t]*=|<answer>|^####[ \t]*(?=[-+$\\\d.,/% ]{1,50}\Z)"  # the last is GSM8K's
+)
+END = re.compile(r"\n|\.\s|。|</answer>|[\s,;]+\(?(?:since|because)\b")  # a reason may follow
+NUMBER_WORD = r"dozen|hundred|thousand|\w+illion"
+CHANGES = re.compile(  # beside a number: "5 squared", "5 x", "not 5"; "5 apples" is 5
+    r"(?i)[^a-z\s.,;:()*=%]|\b(?!cm|mm|km|kg|ft|is|we|of|in|it|he|by)[a-z]{1,2}\b|\b(?:percent\w*|"
+    rf"(?:{NUMBER_WORD}|half|third|quarter|(?:four|fif|six|seven|eigh|nin|ten)th)s?|halves|squared|"
+    r"cubed|times|plus|minus|over|root|factorial|mod\w*|base|and|for|(?-i:when)|where|unless|"
+    r"without|more|less|least|most|than|not|are)\b"
+)
+
+
 def final_answer(response: str) -> str:
-    """The answer stated last after the thinking, for math-verify; "" where there is none."""
-    text = response.rpartition("</think>")[2].rstrip("*_. \t\r\n")
-    text = re.sub(r"\\(?:boxed|fbox)\s*\{\s*\}", "", text)
-    mark = max((match.end() for match in ANSWER.finditer(text)), default=-1)
-    box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if "<think>" in text or box == mark == -1:
-        return ""  # it was still thinking when it ended, or states nothing
-    if box >= mark:  # it may stand in a sentence with others, all of them the answer
+    """The answer stated last after the thinking, in a box for math-verify; else an empty box."""
+    text = re.sub(r"\\(?:boxed|fbox)\s*\{\s*\}", "", after_thinking(response)).rstrip("*_. \t\r\n")
+    stated = max((match.end() for match in STATED.finditer(text)), default=-1)
+    box = max(text.rfind(r"\boxed"), text.rfind(r"\fbox"))
+    answer = text[stated:].lstrip("*_`\"' \t\r\n")[:LONGEST_ANSWER] if stated >= 0 else ""
+    if box > stated:  # it may stand in a sentence with others, all of them the answer
         sentence = re.split(r"\n|[.!?]\s", text[max(0, box - LONGEST_ANSWER) : box])[-1]
         answer = extract_boxed_content(sentence + text[box : box + LONGEST_ANSWER], "last")
-        return rf"\boxed{{{plain(answer)}}}" if answer.count("{") == answer.count("}") else ""
-    rest = text[mark:].lstrip(" \t\r\n*_")[: LONGEST_ANSWER + 1]
-    if display := DISPLAY.match(rest):
-        answer = " ".join((display[1] or display[2]).split())
-    else:  # of "the answer is 5" the 5
-        answer = END.split(rest, maxsplit=1)[0]
-        if len(answer) > LONGEST_ANSWER:
-            return ""
-        answer = re.sub(r"^.*\b(?:is|are|it's)\b:?\s+(?=.*[\d$\\])", "", answer)
-    answer = answer.lstrip("*_`\"' \t").rstrip("*_`\"' \t.,;:?")
-    answer = plain(re.sub(UNIT, "", answer))
-    if number := WITH_WORDS.fullmatch(answer):
-        answer = number[1]
-    # One formula in a sentence is the answer; of several, math-verify would take the last.
-    alone = len(FORMULAS.findall(answer)) == 1
-    return answer if alone or not answer else rf"\boxed{{{answer}}}"
+    elif display := re.match(r"(?s)(?:\$\$|\\\[)(.+?)(?:\$\$|\\\])", answer):
+        answer = display[1]
+    else:
+        answer = re.sub(r"^.*\b(?:is|are|it's)\b:? (?=.*[\d$\\])", "", END.split(answer)[0])
+        answer = plain(answer.rstrip("*_`\"' \t.,;:?"))
+        answer = re.sub(r"^(?:\\?\$)?(-?\d[\d,]*(?:\.\d+)?)(?=[\s*])", r"$\1$", answer)
+        parts = re.split(r"(?<!\\)(?:\$+|\\[()\[\]])", answer)  # words, formula, words, ...
+        alone = len(parts) == 3 and not CHANGES.search(f"{parts[0]} {parts[2]}")
+        answer = parts[1] if alone else " ".join(parts)  # "$1$ and $2$" is a list
+    return rf"\boxed{{{plain(answer)}}}" if answer.count("{") == answer.count("}") else ""
 
 
 def plain(answer: str) -> str:
-    """LaTeX for √, ° and pi; a time of day as a text; 12^{th} as 12, and 1 234 as 1234."""
-    answer = re.sub(r"√(\d+|\w|\([^()]*\))", r"\\sqrt{\1}", answer.replace("°", r"^\circ"))
-    answer = re.sub(r"(?<=\d)(?:\\,|~|\\?\s)(?=\d{3}(?!\d))", "", answer)
-    ends = re.compile(r"\\(?:text|mathrm)\{\s*([\d:\s]*[ap]\.?m\.?|st|nd|rd|th)\s*\}", re.I)
-    time = re.compile(r"(\d?\d:\d\d)[\s~]*([ap])\.?m\b\.?", re.I)
-    answer = time.sub(r"\\text{\1 \2.m.}", ends.sub(r"\1", answer))
-    answer = re.sub(r"(?<=\d)\^(?:\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th)\b)", "", answer)
-    return re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi", answer)
+    """LaTeX for √, pi and SYMBOLS; 1234 for 1 234 and 5 for 5€; a time of day as a text."""
+    answer = re.sub(r"√(\d+|\w|\([^()]*\))", r"\\sqrt{\1}", answer.rstrip(". \n"))
+    answer = re.sub(r"(?<=\d)(?:(?:\\,|~|\\?\s)(?=\d{3}(?!\d))|\s*(?:€|[ck]?m[²³])$)", "", answer)
+    answer = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π", answer).translate(SYMBOLS)
+    time = r"(?i)(?:\\text\{\s*)?(\d?\d:\d\d)[\s~}]*(?:\\text\{\s*)?([ap])\.?m\b\.?\s*\}?"
+    return re.sub(time, r"\\text{\1 \2.m.}", answer)
 
 
 def contradicts(gold: str, text: str) -> bool:
-    """Whether number words differ, or gold's bases, or brackets; or a point in gold is a list."""
-    sides, kinds = (gold, text), (NUMBER_WORD, BASE, BRACKET)
-    found = ([{*re.findall(kind, side, re.I)} for side in sides] for kind in kinds)
-    words, bases, brackets = found
-    listed = "," in text and not re.search(r"(?<!\\)[(\[]|[\\$]\{|=", text)
-    if words[0] != words[1] or bases[0] - bases[1] or (listed and "(" in brackets[0]):
-        return True
-    return all(brackets) and brackets[0].isdisjoint(brackets[1])
+    """Whether number words differ, or bases or brackets that both name; or a point is a list."""
+    kinds = NUMBER_WORD, r"\d_\{?(\w+)", r"(\\\{|(?<!\\)\()[^()]*,"
+    words, *others = [[{*re.findall(kind, side, re.I)} for side in (gold, text)] for kind in kinds]
+    listed = "(" in others[-1][0] and "," in text and not re.search(r"(?<!\\)[(\[]|[\\{]\{|=", text)
+    return words[0] != words[1] or listed or any(a and b and a.isdisjoint(b) for a, b in others)
 
 
-STATED = {"final": final_answer, "answer_only": paper_answer, "boxed_only": str}
-
-
-def compare(verdict: str, response: str, gold: str, limit: float) -> bool | None:
-    """One verdict of math-verify, in a grading process; None if it raises an error. After `limit`
-    seconds of processor time the kernel ends the process, which math-verify's own limits can't do
-    inside C code. Gold answers are LaTeX; only the paper's paths also read plain numbers."""
+def compare(read: Callable, response: str, gold: str, limit: float) -> bool | None:
+    """A verdict of math-verify on what `read` finds, in a grading process; None if it raises an
+    error. After `limit` seconds of processor time the kernel ends the process, which math-verify's
+    own limits can't do inside C code. Only the paper's paths also read numbers without LaTeX."""
     signal.setitimer(signal.ITIMER_PROF, limit)
     try:
-        text, latex = STATED[verdict](response), LatexExtractionConfig()
-        kinds = [latex] if verdict == "final" else [ExprExtractionConfig(), latex]
-        gold = plain(gold) if verdict == "final" else gold
-        if not text.strip() or (verdict == "final" and contradicts(gold, text)):
+        text, latex, final = read(response), LatexExtractionConfig(), read is final_answer
+        kinds, gold = ([latex], plain(gold)) if final else ([ExprExtractionConfig(), latex], gold)
+        if not text.strip() or (final and contradicts(gold, text)):
             return False
         right = parse(rf"\boxed{{{gold}}}", [latex], parsing_timeout=None)
         return verify(right, parse(text, kinds, parsing_timeout=None), timeout_seconds=None)
@@ -246,12 +231,12 @@ def compare(verdict: str, response: str, gold: str, limit: float) -> bool | None
 
 
 def start_worker() -> None:
-    """Prepares a grading process: limits its memory, does the slow first use of math-verify."""
+    """Prepares a grading process: 2 GB more memory at most, the slow first use of math-verify."""
     logging.disable(logging.CRITICAL)
     with contextlib.suppress(OSError, ValueError):  # no /proc, or a lower limit stands already
         held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_DATA, (held + WORKER_MEMORY, resource.RLIM_INFINITY))
-    compare("boxed_only", r"\boxed{\frac{1}{2}}", "1", limit=60)
+        resource.setrlimit(resource.RLIMIT_DATA, (held + (2 << 30), resource.RLIM_INFINITY))
+    compare(str, r"\boxed{\frac{1}{2}}", "1", limit=60)
 
 
 def grading_pool(workers: int) -> ProcessPool:
@@ -259,67 +244,64 @@ def grading_pool(workers: int) -> ProcessPool:
     return ProcessPool(workers, initializer=start_worker, context=get_context("forkserver"))
 
 
-def grade(pool: ProcessPool, rows: Iterable[tuple], limit: float = 5.0) -> list[dict[str, int]]:
+def grade(
+    pool: ProcessPool, rows: list[tuple[str, str]], limit: float = 5.0
+) -> list[dict[str, int]]:
     """The verdicts of each (response, gold), and `errors`: how many comparisons were ended. Each of
     the three has a third of `limit` seconds of processor time, and ten times as much on the clock.
     One that is ended counts as wrong and spoils no other."""
-    share = limit / len(STATED)
-    jobs = [
-        {name: pool.schedule(compare, (name, *row, share), timeout=10 * share) for name in STATED}
-        for row in rows
-    ]
+    readers = {"final": final_answer, "answer_only": paper_answer, "boxed_only": str}
+    share, jobs = limit / len(readers), []
+    for row in rows:
+        tasks = {name: (read, *row, share) for name, read in readers.items()}
+        jobs += [{n: pool.schedule(compare, task, timeout=10 * share) for n, task in tasks.items()}]
     graded = []
     for job in jobs:
-        found = {name: None if job[name].exception() else job[name].result() for name in STATED}
+        found = {name: None if job[name].exception() else job[name].result() for name in readers}
         found["dual"] = found["answer_only"] or found["boxed_only"]
-        errors = [found[name] for name in STATED].count(None)
+        errors = [found[name] for name in readers].count(None)
         graded.append({name: bool(found[name]) for name in VERDICTS} | {"errors": errors})
     return graded
 
 
 # ---- Samples -------------------------------------------------------------------------------------
 
-Candidate = tuple[str, str]  # model and prompt, or file and "as written"
 Problems = dict[tuple[str, str], dict]  # by benchmark and id
-Prepared = tuple[Tokenizer, dict[tuple, Ids], GenerationConfig]
 KEY = ("model", "prompt", "benchmark", "id", "sample")  # tells a sample from all others
 
 
-def common_style(models: list[str]) -> str:
-    """The style of prompts that the trained models among these know, by run.json; else `paper`.
-    Raises BadInput if they know several."""
-    places = [place for name in models for place in (Path(name), Path(name).parent)]  # a step-N
+def as_trained(models: list[str], option: str, otherwise: str) -> str:
+    """An option of opsdc.py as the run.json of trained models says, in their directory or, for a
+    step-N, in the one above; else `otherwise`. Raises BadInput if they differ."""
+    places = [place for name in models for place in (Path(name), Path(name).parent)]
     runs = [run for place in places if (run := place / "run.json").exists()]
     with blame(" and ".join(map(str, runs))):
         configs = [json.loads(run.read_text(encoding="utf-8"))["config"] for run in runs]
-        styles = {config.get("prompt", "paper") for config in configs} or {"paper"}
-        require(len(styles) == 1, "they differ in --prompt: choose one --prompt_style for all")
-    return styles.pop()
+        found = {config.get(option, otherwise) for config in configs} or {otherwise}
+        require(len(found) == 1, f"they differ in --{option}: choose one for all, see --help")
+    return found.pop()
 
 
 def identify(name: str) -> dict[str, str]:
-    """What tells a model from others: a hub id's commit, and digests of a directory's files, which
-    are read in full (16 GB: some 20 seconds). Raises BadInput for what is no model."""
-    kinds = ("*config.json", "*token*", "*.jinja", "*.safetensors")
+    """What tells a model from others: a hub id's commit, or sizes and times of a directory's files.
+    Raises BadInput for what is no model."""
     with blame(name):
-        digests = {f"snapshot of {name}": Path(cached_file(name, "config.json")).parent.name}
-        for path in sorted(path for kind in kinds for path in Path(name).glob(kind)):
-            with path.open("rb") as file:
-                digests[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+        found = {f"snapshot of {name}": Path(cached_file(name, "config.json")).parent.name}
+    kinds = "*config.json", "*token*", "*.jinja", "*.safetensors"
+    for path in sorted(path for kind in kinds for path in Path(name).glob(kind)):
+        found[str(path)] = f"{path.stat().st_size} bytes of {path.stat().st_mtime_ns}"
+    return found
 
 
-def prepare(candidate: Candidate, problems: Problems, settings: Settings) -> Prepared:
-    """A model's tokenizer, its prompt for each problem, and its settings for sampling: without its
-    weights, so that bad input is refused before any model samples. Raises BadInput."""
+def prepare(candidate: tuple[str, str], problems: Problems, settings: Settings) -> tuple:
+    """A model's tokenizer, its prompt for each problem as ids, its GenerationConfig: all without
+    its weights, so that bad input is refused before any model samples. Raises BadInput."""
     (name, prompt), style = candidate, settings.prompt_style
     asked, instruction = (0, "v1") if prompt == "student" else (1, prompt)
     chats = [opsdc.prompt_pair(p["chat"], instruction, style)[asked] for p in problems.values()]
-    other = [*chats[0][:-1], {"role": "user", "content": chats[0][-1]["content"] + " Why?"}]
     tokenizer = opsdc.load_tokenizer(name)
     with blame(name):
-        probe, *prompts = opsdc.encode_chats(tokenizer, [other, *chats], "template")
-        require(probe != prompts[0], "its chat template leaves the problem out")
+        prompts = opsdc.encode_chats(tokenizer, chats, settings.thinking)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         with torch.device("meta"):  # no weights
             model = AutoModelForCausalLM.from_config(config)
@@ -330,45 +312,41 @@ def prepare(candidate: Candidate, problems: Problems, settings: Settings) -> Pre
 
 
 def generate(model: Model, tokenizer: Tokenizer, prompts: list[Ids]) -> list[dict]:
-    """Samples one response to each prompt, all at once, ungraded."""
-    completions, samples = opsdc.rollout(model, prompts, len(prompts)), []
+    """Samples one response to each prompt, all at once, ungraded. Special tokens stay in it, as
+    some mark thinking, but for stop ids and padding; so does a mark at the end of the prompt."""
+    stop_ids, samples = model.generation_config.eos_token_id, []
+    completions = opsdc.rollout(model, prompts, len(prompts))
     for prompt, completion in zip(prompts, completions, strict=True):
-        thinks = tokenizer.decode(prompt).rstrip().endswith("<think>")  # as some templates do
-        text = tokenizer.decode(completion, skip_special_tokens=True)
-        finished = completion[-1] in model.generation_config.eos_token_id
-        sample = {"response": "<think>\n" * thinks + text, "tokens": len(completion)}
-        samples.append(sample | {"finished": finished})
+        opened = [mark for mark in THINKING if tokenizer.decode(prompt).rstrip().endswith(mark)]
+        kept = [token for token in completion if token not in (*stop_ids, tokenizer.pad_token_id)]
+        sample = {"response": "\n".join([*opened, tokenizer.decode(kept)])}
+        sample |= {"tokens": len(completion), "finished": completion[-1] in stop_ids}
+        samples.append(sample)
     return samples
 
 
 def read_responses(file: str, problems: Problems, samples: int) -> dict[tuple, dict]:
     """Samples by key that another engine wrote to a .jsonl file. A row has the id of a problem,
-    response (with <think> where the prompt ended so), tokens (their number), finished (false where
-    it was cut); rows of one id are its samples. Raises BadInput for other rows, and for problems
-    without all samples."""
+    response (with the mark of thinking where the prompt ended so), tokens (their number), finished
+    (false where it was cut). Raises BadInput for other rows, and for missing or further samples."""
     (benchmark, _), *_ = problems
     counts, written = Counter(), {}
     fields = {"response": str, "tokens": int, "finished": bool}
     for number, row in enumerate(opsdc.load_rows(file), 1):
         with blame(f"{file}, row {number}"):
             for name, kind in fields.items():
-                if type(row.get(name)) is not kind or name == "tokens" and not 0 < row[name] <= 1e9:
-                    raise ValueError(f"it has no good {name}")
-            row["response"].encode()  # raises for a lone surrogate
+                require(type(row.get(name)) is kind, f"its {name} is no {kind.__name__}")
         place = benchmark, str(row.get("id"))
         written[file, "as written", *place, counts[place]] = {name: row[name] for name in fields}
         counts[place] += 1
     wished = {place: samples * problem["rows"] for place, problem in problems.items()}
-    if wrong := counts.items() ^ wished.items():
-        wish = f"must have {samples} (--samples) responses to each problem and no others"
-        raise BadInput(f"{file} {wish}: look at id {min(wrong)[0][1]}")
+    require(counts == wished, f"{file} must have --samples {samples} of each problem, no others")
     return written
 
 
 def open_records(output_dir: Path, identity: dict) -> tuple[IO[bytes], dict[tuple, dict]]:
     """This rank's file of samples, locked, to append to; and the samples on disk by key. Raises
-    BadInput if output_dir can't be written, is in use, or holds an evaluation with another identity
-    or with none."""
+    BadInput if output_dir can't be written, is in use, or is of another evaluation."""
     with blame(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         records = open(output_dir / f"samples-{dist.get_rank()}.jsonl", "a+b")
@@ -380,17 +358,13 @@ def open_records(output_dir: Path, identity: dict) -> tuple[IO[bytes], dict[tupl
     file = output_dir / "settings.json"
     with blame(file):
         held = json.loads(file.read_text(encoding="utf-8")) if file.exists() else identity
-    for name in held | identity:
-        if held.get(name) != identity.get(name):
-            other = f"with {name} {held.get(name)}, not {identity.get(name)}"
-            raise BadInput(f"{output_dir} holds an evaluation {other}: choose another")
+    other = ", ".join(n for n in held | identity if held.get(n) != identity.get(n))
+    require(not other, f"{output_dir} holds an evaluation with another {other}: choose another")
     done = read_samples(output_dir)
     require(file.exists() or not done, f"{output_dir} has samples but no settings.json")
     dist.barrier()  # every rank has read
     if dist.get_rank() == 0:
-        whole = file.with_suffix(".unfinished")  # a kill leaves no half of settings.json
-        whole.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
-        whole.replace(file)
+        file.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
     records.seek(0)
     records.truncate(records.read().rfind(b"\n") + 1)  # without a row that a kill cut short
     return records, done
@@ -406,15 +380,21 @@ def read_samples(output_dir: Path) -> dict[tuple, dict]:
     return samples
 
 
+def interval(means: pd.Series) -> list[float]:
+    """A 95% interval around problems' mean, by "plus four": mean and 1.96 standard errors after two
+    right and two wrong are added. It holds for few problems and near 0 and 1, too."""
+    draws = pd.Series([*means, 1, 1, 0, 0])
+    half = 1.96 * draws.sem()
+    return [max(0.0, draws.mean() - half), min(1.0, draws.mean() + half)]
+
+
 def summarize(rows: list[dict]) -> pd.DataFrame:
     """Means by benchmark, level ("all", then each) and candidate, in the order of the rows.
-    NAME_interval is half of a 95% interval, 1.96 standard errors. Samples of one problem are alike,
-    in several rows too, so only the problems' means count as independent draws. Reductions are
-    against the tokens of the first candidate."""
-    levels = {row["level"] for row in rows} - {None}
-    levels = sorted(levels, key=lambda level: (isinstance(level, str), level))
-    parts = {"all": rows} | {str(one): [r for r in rows if r["level"] == one] for one in levels}
-    table = pd.concat([pd.DataFrame(part).assign(level=name) for name, part in parts.items()])
+    Samples of one problem are alike, in several rows too, so only the problems' means count as
+    independent draws. Reductions are against the tokens of the first candidate."""
+    table = pd.DataFrame([row | {"level": str(row["level"])} for row in rows])
+    levels = table[table["level"] != "None"].sort_values("level", kind="stable")
+    table = pd.concat([table.assign(level="all"), levels], ignore_index=True)
     table["cut"] = ~table["finished"]
     group, values = ["benchmark", "level", "model", "prompt"], [*VERDICTS, "tokens", "cut"]
     problems = table.groupby([*group, "same"], sort=False)[values].mean().groupby(group, sort=False)
@@ -423,15 +403,15 @@ def summarize(rows: list[dict]) -> pd.DataFrame:
     summary["reduction"] = 1 - summary["tokens"] / base
     summary["problems"] = problems.size()
     summary["errors"] = table.groupby(group)["errors"].sum()
-    return summary.join((1.96 * problems[VERDICTS].sem()).add_suffix("_interval"))
+    return summary.join(problems[VERDICTS].agg(interval).add_suffix("_interval"))
 
 
 def report(summary: pd.DataFrame) -> str:
     """The summary as a Markdown table, accuracies in %."""
     table = pd.DataFrame(index=summary.index)
     for name in VERDICTS:
-        pairs = zip(100 * summary[name], 100 * summary[f"{name}_interval"], strict=True)
-        table[name] = [f"{mean:.1f} ± {half:.1f}".removesuffix(" ± nan") for mean, half in pairs]
+        cells = zip(summary[name], summary[f"{name}_interval"], strict=True)
+        table[name] = [f"{100 * x:.1f} ({100 * a:.1f}-{100 * b:.1f})" for x, (a, b) in cells]
     table["tokens"] = summary["tokens"].map("{:,.1f}".format)
     table[["reduced", "cut"]] = summary[["reduction", "cut"]].map("{:.1%}".format)
     table = table.sort_index(level="benchmark", sort_remaining=False, kind="stable").reset_index()
@@ -446,36 +426,31 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
     """Samples and grades what output_dir lacks, prints the table, writes summary.json. Raises
     BadInput before it writes anything, but for broken weights of a later model at its turn."""
     prompts = settings.prompt * len(models) if len(settings.prompt) == 1 else settings.prompt
-    if bool(models) == bool(responses):
-        raise BadInput("name the models to evaluate, or files of --responses to grade")
-    if len(prompts) != len(models):
-        raise BadInput(f"--prompt names {len(prompts)} prompts for {len(models)} models")
-    if responses and len(settings.data) > 1:
-        raise BadInput("--responses needs one benchmark: choose it with --data")
+    require(bool(models) != bool(responses), "name models to evaluate, or files of --responses")
+    require(len(prompts) == len(models), f"{len(prompts)} --prompt for {len(models)} models")
+    require(models or len(settings.data) == 1, "--responses needs one benchmark, chosen by --data")
     candidates = [*zip(models, prompts, strict=True), *((file, "as written") for file in responses)]
-    if len(set(candidates)) < len(candidates):
-        raise BadInput("the same model with the same prompt is named twice")
-    if len({Path(source).stem for source in settings.data}) < len(settings.data):
-        raise BadInput("--data has two files of the same name, which tells benchmarks apart")
-    settings = replace(settings, prompt_style=settings.prompt_style or common_style(models))
+    require(len({*candidates}) == len(candidates), "a model is named twice with the same prompt")
+    names = {Path(source).stem for source in settings.data}
+    require(len(names) == len(settings.data), "--data has two files of the same name")
+    style = settings.prompt_style or as_trained(models, "prompt", "paper")
+    thinking = settings.thinking or as_trained(models, "thinking", "template")
+    settings = replace(settings, prompt_style=style, thinking=thinking)
     rows = [row for source in settings.data for row in load_problems(source, settings.limit)]
     problems = {(row["benchmark"], row["id"]): row for row in rows}
-    written = {}
-    for file in responses:
-        written |= read_responses(file, problems, settings.samples)
+    sources = [read_responses(file, problems, settings.samples) for file in responses]
+    written = {key: sample for source in sources for key, sample in source.items()}
     asked = [row | {"level": None} for row in rows]  # a repaired level changes no sample
     identity = {"candidates": [*map(list, candidates)], **asdict(settings)}
-    identity["problems and responses"] = digest(json.dumps([asked, *written.values()]))
+    asked = json.dumps([asked, *written.values()]).encode()
+    identity["problems and responses"] = hashlib.sha256(asked).hexdigest()
     prepared = {one: prepare(one, problems, settings) for one in candidates[: len(models)]}
     identity |= {key: value for name in models for key, value in identify(name).items()}
-
-    early = models and not (output_dir / "settings.json").exists()  # if broken, nothing is written
-    model = opsdc.load_model(models[0], settings.dtype, opsdc.DEVICE) if early else None
+    model = opsdc.load_model(models[0], settings.dtype, opsdc.DEVICE) if models else None
     records, done = open_records(output_dir, identity)
     rank, ranks, size = dist.get_rank(), dist.get_world_size(), settings.batch_size
     places = [(*p, i) for p in problems for i in range(settings.samples * problems[p]["rows"])]
-    total = len(candidates) * len(places) // ranks
-    bar = tqdm(total=total, initial=len(done) // ranks, disable=rank > 0)
+    bar = tqdm(total=len(candidates) * len(places), initial=len(done), disable=rank > 0)
     with records, bar, grading_pool(max(1, min(8, os.cpu_count() // ranks))) as pool:
         for candidate in sorted(candidates, key=lambda one: (models + responses).index(one[0])):
             for start in range(rank * size, len(places), ranks * size):
@@ -485,7 +460,7 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
                 if responses:
                     samples = [written[key] for key in batch]
                 else:
-                    if model is None or model.name_or_path != candidate[0]:
+                    if model.name_or_path != candidate[0]:
                         model = None  # each model is loaded once, and never are two in memory
                         model = opsdc.load_model(candidate[0], settings.dtype, opsdc.DEVICE)
                     tokenizer, encoded, model.generation_config = prepared[candidate]
@@ -499,7 +474,7 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
                     if key not in done:
                         records.write(json.dumps(row).encode() + b"\n")
                 records.flush()
-                bar.update(len(batch))
+                bar.update(len(batch) * ranks)
     dist.barrier()
     if rank == 0:
         samples = read_samples(output_dir)
@@ -512,28 +487,21 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
 
 def main() -> None:
     """Command line: a flag for each field of Settings; @file reads flags from a file."""
-    parser = HfArgumentParser(
-        Settings, description=__doc__.split("\n")[0], fromfile_prefix_chars="@"
-    )
-    parser.add_argument("models", nargs="*", help="hub ids or directories, the baseline first")
-    parser.add_argument("--responses", nargs="+", default=[], help="files to grade, see README")
-    parser.add_argument("--output_dir", default="runs/eval", help="samples-*.jsonl, summary.json")
+    cli = HfArgumentParser(Settings, description=__doc__.split("\n")[0], fromfile_prefix_chars="@")
+    cli.add_argument("models", nargs="*", help="hub ids or directories, the baseline first")
+    cli.add_argument("--responses", nargs="+", default=[], help="files to grade, see README")
+    cli.add_argument("--output_dir", default="runs/eval", help="samples-*.jsonl, summary.json")
     try:
         with blame("the command line"):
-            arguments = vars(parser.parse_args())
+            arguments = vars(cli.parse_args())
         models, responses = arguments.pop("models"), arguments.pop("responses")
         output_dir, settings = Path(arguments.pop("output_dir")), Settings(**arguments)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the server of grading processes
-        forkserver.ensure_running()  # it imports its libraries while models are opened
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         opsdc.start_ranks(settings.dtype)
         evaluate(models, responses, output_dir, settings)
     except BadInput as error:
-        parser.exit(2, f"eval.py: error: {error}\n")
+        cli.exit(2, f"eval.py: error: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "eval.py: interrupted; the same command goes on where it stopped\n")
-    except OSError as error:  # a full disk, a closed terminal
-        parser.exit(1, f"eval.py: {error}; the same command goes on where it stopped\n")
+        cli.exit(130, "eval.py: interrupted; the same command goes on where it stopped\n")
     dist.destroy_process_group()
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
@@ -765,12 +766,15 @@ def test_verdicts_on_recorded_cases(grade):
     assert not any(verdict["errors"] for verdict in found)
     # math-verify's unit tests are often a bare formula, which here becomes the stated answer.
     stated = re.compile(r"answer[*]*\s*:|\\boxed", re.I)
-    responses = ["Answer: " * (not stated.search(c["prediction"])) + c["prediction"] for c in cases]
-    found = grade(zip(responses, (case["gold"] for case in cases), strict=True))
-    differ = {c["id"]: v for c, v in zip(cases, found, strict=True) if v["final"] != c["expected"]}
+    bare = [i for i, case in enumerate(cases) if not stated.search(case["prediction"])]
+    again = grade((f"Answer: {cases[i]['prediction']}", cases[i]["gold"]) for i in bare)
+    final = [verdict["final"] for verdict in found]
+    for i, verdict in zip(bare, again, strict=True):
+        final[i] = verdict["final"]
+    differ = {c["id"]: v for c, v in zip(cases, final, strict=True) if v != c["expected"]}
     # No stated answer (two), a sentence, a rounded 8/3, a malformed gold:
     assert differ.keys() == {142, 163, 156, 139, 217}
-    assert not any(verdict["final"] for verdict in differ.values())
+    assert not any(differ.values())
 
 
 @needs_shared
@@ -789,7 +793,8 @@ def test_math500_solutions_against_their_own_and_other_answers(grade):
     for responses, unread in (([row["solution"] for row in problems], 0), (lines, 109)):
         own = grade((y, row["answer"]) for y, row in zip(responses, problems, strict=True))
         assert all(v["final"] for v in own) and sum(not v["dual"] for v in own) == unread
-        wrong = grade((y, row["answer"]) for y, row in zip(responses, others, strict=True))
+        some = slice(None, None, 1 if unread == 0 else 5)
+        wrong = grade((y, p["answer"]) for y, p in zip(responses[some], others[some], strict=True))
         assert not any(v["final"] or v["errors"] or v["dual"] and not unread for v in wrong)
 
 
@@ -824,7 +829,10 @@ def test_final_reads_the_answer_stated_last(grade):
         ### Answer¶5 | **Final Answer**¶¶$5$ | Answer = 5 | Yes.¶#### 5 | Answer: 5 (see above)
         The answer is 5. | No. So the final answer is **$5$**. | First \boxed{4}. Wait, so \boxed{5}
         \boxed{4:30 \text{ p.m.}} => \text{4:30 p.m.} | Answer: 12:05 AM => 12:05 \text{ a.m.}
-        \boxed{12^{\mathrm{th}}} => 12 | Answer: $12^{th}$ => 12 | Answer: 1 000 => 1000
+        Answer: 1 000 => 1000 | Answer: 52 => 52_8 | \boxed{5.}
+        Answer：5 | 所以答案是:$5$。 | <answer>¶5¶</answer> | So, the final answer is: 5
+        Answer: $-∞$ => -\infty | \boxed{x²} => x^2 | Answer: We find that $x \lt 5$. => x < 5
+        Answer: The largest $n$ is 5. | \boxed{3.333333} => \frac{10}{3} | Answer: $5$ apples
         Answer: $(\frac{1}{2}, 3)$ => (0.5, 3) | Answer: $x=1, y=2$ => (1, 2)"""
     wrong = r"""5 | so it must be $5$ | the result is 5 | Answer: | Answer: not 5 | Answer: 5x
         Answer: $5$ if $x=1$ | <think>Answer: 5 | \boxed{5 | Answer: 50 | Answer: 5, 6
@@ -836,7 +844,10 @@ def test_final_reads_the_answer_stated_last(grade):
         Answer: 1\,23 => 123 | \boxed{5} or \boxed{4} | the answer = 5 | #### 5¶#### No
         ### Answer¶5. First, add. | ### Answer¶We have $5$. | Answer: 5 (dozen) | #### 5. First
         The answer is $5$. Or is it? | I doubt that the answer is 5. | The answer is not $5$.
-        Answer: 1, 2 => (1, 2) | \boxed{\frac12, 2} => (\frac{1}{2}, 2) | Answer: 52 => 52_8"""
+        Answer: 1, 2 => (1, 2) | \boxed{\frac12, 2} => (\frac{1}{2}, 2)
+        Answer: not $5$ | Answer: at least $5$ | Answer: 6 or $5$
+        Answer: $5$ squared | Answer: $5$ million | Answer:¶5. First | The answer is $5$? No
+        Answer: $5$ x | \boxed{3.33333} => \frac{10}{3} | I doubt that the answer is: 5"""
     right += " | Answer: 5. " + "It is so. " * 200
     wrong += " |  | Answer: 5" + "5" * 1000
     for texts, expected in ((right, True), (wrong, False)):
@@ -849,22 +860,80 @@ def test_final_reads_the_answer_stated_last(grade):
 
 
 def test_hostile_responses_are_wrong_and_harm_no_other(grade):
-    m, frac = 10**6, r"\frac{1}{" * 90 + "2" + "}" * 90
-    endless = [rf"\boxed{{{x}}}" for x in ("9^{9^{9^{9}}}", "2^{2^{2^{2^{100}}}}", "(10^9)!")]
-    endless += [r"\boxed{\sum_{k=1}^{10^{10}} \frac{1}{k}}", "Answer: 9^9^9^9", "Answer: ((10!)!)!"]
+    m, frac = 10**5, r"\frac{1}{" * 90 + "2" + "}" * 90
+    endless = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\sum_{k=1}^{10^{10}} \frac{1}{k}}"]
+    endless += ["Answer: ((10!)!)!"]
     odd = ["", f"Answer: {frac}", "Answer: " + "7" * m, "Answer: " + "}" * m, "(" * m + ")" * m]
     odd += ["Answer: " + "word " * (2 * m), "Answer:" + "\n" * m, "Answer" + " " * m + "!"]
     odd += [r"\boxed{" + "7" * m + "}", r"\boxed{" + "{" * m, r"\boxed{}" * 10**4, "$ " * (m // 2)]
-    odd += [r"\boxed{" * 10**5, "Answer: \n" * (m // 9), "Answer: " * (m // 8)]
+    odd += [r"\boxed{" * 10**4, "Answer: \n" * (m // 9), "So the answer is 5" * (m // 18)]
     odd += ["Answer: \0 \\boxed{\0}" + "\0" * m, "Answer: \u202e17\u202c" + "\u200f" * m]
-    odd += ["Answer: \ud800 \\boxed{\udfff}"]
-    batch = [row for r in endless + odd for row in ((r, "5"), ("Answer: 5", "5"))]
+    odd += ["Answer: \ud800 \\boxed{\udfff}", "<think>" * m, "the " * m]
+    batch = [row for response in endless for row in ((response, "5"), ("Answer: 5", "5"))]
     batch += [("Answer: 9^{9^{9^{9}}}\n\n\\boxed{5}", "5")]  # only one comparison is hopeless
     *found, mixed = grade(batch, limit=1.5)
-    assert not any(v["dual"] or v["final"] for v in found[::2])
-    assert all(v["errors"] for v in found[::2][: len(endless)])  # ended, and counted
+    assert all(v["errors"] and not v["dual"] and not v["final"] for v in found[::2])  # and counted
     assert all(v["final"] and v["dual"] and not v["errors"] for v in found[1::2])
     assert mixed["final"] and not mixed["answer_only"] and mixed["errors"]
+    rows = [*((response, "17") for response in odd), ("Answer: 5", "5")]
+    *found, good = grade(rows, limit=1.5)
+    assert not any(v["final"] for v in found) and good["final"] and good["dual"]
+
+
+def test_thinking_is_cut_off_as_models_mark_it(grade, monkeypatch):
+    """What is open is unfinished: nothing in it is an answer."""
+    marks = table("""<think> => </think> | <thought> => </thought> | [THINK] => [/THINK]
+        ◁think▷ => ◁/think▷ | <seed:think> => </seed:think> | <|channel>thought => <channel|>
+        <|channel|>analysis<|message|> => <|end|><|start|>assistant<|channel|>final<|message|>""")
+    closed = [f"{begin} Answer: 4 {end}Answer: 5" for begin, end in marks]
+    closed += ["<think>Answer: 4</think>Answer: 5</think>\n"]  # the second closes nothing
+    opened = [f"{begin} Answer: 5" for begin, _ in marks] + ["Answer: 5</think>"]
+    for responses, right in ((closed, True), (opened, False)):
+        assert len(responses) == 8
+        assert all(v["final"] == right for v in grade((y, "5") for y in responses)), right
+        assert all(v["dual"] for v in grade((y, "5") for y in responses))  # the paper reads it all
+    assert not any(v["final"] for v in grade((y, "4") for y in closed))
+    tokenizer = AutoTokenizer.from_pretrained(TOY)  # whose marks are special tokens
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<think>", "</think>", "<pad>"]})
+    tokenizer.pad_token = "<pad>"
+    stop, start = tokenizer("<|im_end|>")["input_ids"], tokenizer("Hi <think>\n")["input_ids"]
+    ids = tokenizer("4</think><pad>Answer: 5")["input_ids"] + stop
+    monkeypatch.setattr(opsdc, "rollout", lambda *_: [ids, ids[:-1]])
+    model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=stop))
+    samples = evaluation.generate(model, tokenizer, [start, start[:1]])
+    texts = ["<think>\n4</think>Answer: 5", "4</think>Answer: 5"]
+    assert [sample["response"] for sample in samples] == texts
+    assert [sample["finished"] for sample in samples] == [True, False]
+    assert samples[0]["tokens"] == len(ids)
+
+
+def test_gold_answers_are_read_from_the_columns_of_data_sets(tmp_path):
+    for row in ({"final_answer": 5}, {"expected_answer": "5"}, {"answer": ["5"]}, {"answer": 5}):
+        for more in ({}, {"reward_model": None}, {"solution": "6"}):
+            path = write_rows(tmp_path / "data.jsonl", [{"problem": "a"} | row | more])
+            assert [p["answer"] for p in evaluation.load_problems(path, 0)] == ["5"]
+    nested = {"reward_model": {"ground_truth": '["5"]'}}
+    others = [({"answer": None} | nested, "5"), ({"answer": "[0,1]"}, "[0,1]"), (nested, "5")]
+    others += [({"answer": r"\text{It is } 5"}, r"\text{It is } 5")]
+    for row, answer in others:
+        assert evaluation.read_answer({"problem": "a"} | row) == answer
+
+
+@pytest.mark.parametrize("problems", [5, 30, 500])
+def test_intervals_cover_the_mean_of_few_problems_and_of_high_accuracies(problems):
+    """Counted exactly: over every number of right problems, by its binomial probability."""
+    for mean in (0.5, 0.97):
+        covered = usual = 0
+        for right in range(problems + 1):
+            chance = math.comb(problems, right) * mean**right * (1 - mean) ** (problems - right)
+            scores = [1.0] * right + [0.0] * (problems - right)
+            low, high = evaluation.interval(pd.Series(scores))
+            assert 0 <= low <= right / problems <= high <= 1
+            covered += chance * (low <= mean <= high)
+            half = 1.96 * statistics.stdev(scores) / math.sqrt(problems)
+            usual += chance * (abs(right / problems - mean) <= half)
+        assert covered >= 0.945 and (problems == 5 or covered < 0.99), covered
+        assert problems == 500 or mean == 0.5 or usual < 0.65  # without the four
 
 
 @pytest.fixture
@@ -889,9 +958,9 @@ def test_settings_reach_the_rollouts(asked, monkeypatch, tmp_path):
     arguments += ["--temperature=0.25", "--max_new_tokens=9", f"--output_dir={tmp_path}/run"]
     prompts = ["--prompt", "student", "student", "v1", "say it in a word"]
     run = [TOY, plain, TOY, plain, *arguments, "--seed=3", *prompts]
-    with monkeypatch.context() as patch:  # a display that fails loses no sample
-        patch.setattr(evaluation.tqdm, "update", Mock(side_effect=BrokenPipeError("closed")))
-        call(evaluation, *run, code=1)
+    with monkeypatch.context() as patch:  # Ctrl-C loses no sample
+        patch.setattr(evaluation.tqdm, "update", Mock(side_effect=KeyboardInterrupt))
+        assert "goes on where it stopped" in call(evaluation, *run, code=130)
     monkeypatch.setattr(opsdc, "load_model", load := Mock(wraps=opsdc.load_model))
     assert len(read_rows(tmp_path / "run" / "samples-0.jsonl")) == 4
     out = call(evaluation, *run)
@@ -927,7 +996,7 @@ def test_all_models_are_asked_in_one_style(asked, tmp_path):
     change(boxed / "run.json", '{"config": {"prompt": "Box: {problem}"}}')
     run = ["--samples=1", "--limit=1", "--max_new_tokens=9"]
     run += ["--data", write_rows(tmp_path / "sums.jsonl", GSM8K)]
-    refused(evaluation, [boxed, plain, *run], "choose one --prompt_style", tmp_path)
+    refused(evaluation, [boxed, plain, *run], "differ in --prompt: choose one for all", tmp_path)
     for models, style, text in (
         ([TOY], "", PAPER.format(question)),
         ([TOY, boxed], "", f"Box: {question}"),
@@ -938,6 +1007,17 @@ def test_all_models_are_asked_in_one_style(asked, tmp_path):
         options = [f"--prompt_style={style}", f"--output_dir={tmp_path}/{len(text)}"]
         call(evaluation, *models, *run, *options)
         assert [texts for *_, texts in asked] == [[TURN.format(text)]] * len(models)
+    switch = "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
+    trained = plain / "step-7"  # its run.json is the one above
+    for model in (shutil.copytree(TOY, trained), boxed):
+        change(model / "chat_template.jinja", TOKENIZER.chat_template + switch)
+    change(plain / "run.json", '{"config": {"prompt": "plain", "thinking": "off"}}')
+    refused(evaluation, [TOY, *run, "--thinking=on"], "no such switch", tmp_path)
+    change(boxed / "run.json", None)
+    for option, end in (([], "False"), (["--thinking=on"], "True"), (["--thinking=template"], "")):
+        asked.clear()
+        call(evaluation, boxed, trained, *run, *option, f"--output_dir={tmp_path}/thinks{end}")
+        assert [texts for *_, texts in asked] == [[TURN.format(question) + end]] * 2
 
 
 def test_rows_of_the_same_problem_are_its_samples(tmp_path):
@@ -950,7 +1030,7 @@ def test_rows_of_the_same_problem_are_its_samples(tmp_path):
         data = write_rows(tmp_path / "data.jsonl", [*rows, {"problem": "a", "answer": 1}])
         run = ["--data", data, "--samples=1", "--limit=10", f"--output_dir={tmp_path}/{k}"]
         run += ["--responses", write_rows(tmp_path / "responses.jsonl", texts)]
-        assert "| 60.0 ± 32.0 |" in call(evaluation, *run)
+        assert "| 60.0 (30.2-84.0) |" in call(evaluation, *run)
         assert len(read_rows(tmp_path / f"{k}/samples-0.jsonl")) == len(rows)
 
 
@@ -983,12 +1063,13 @@ def test_the_report_says_what_its_rows_say(tmp_path):
         cells |= {"reduced": f"{values['reduction']:.1%}", "model": row["model"]}
         for verdict, good in accepted.items():
             scores = [sum(y in good for y in texts[name][i : i + 2]) / 2 for i in chosen[::2]]
-            values[verdict], half = statistics.fmean(scores), None
-            cells[verdict] = f"{100 * values[verdict]:.1f}"
-            if len(scores) > 1:
-                half = 1.96 * statistics.stdev(scores) / math.sqrt(len(scores))
-                cells[verdict] += f" ± {100 * half:.1f}"
-            values[f"{verdict}_interval"] = half
+            values[verdict], four = statistics.fmean(scores), [*scores, 1, 1, 0, 0]
+            half = 1.96 * statistics.stdev(four) / math.sqrt(len(four))
+            ends = [max(0, statistics.fmean(four) - half), min(1, statistics.fmean(four) + half)]
+            cells[verdict] = "{:.1f} ({:.1f}-{:.1f})".format(
+                *(100 * x for x in (values[verdict], *ends))
+            )
+            assert row[f"{verdict}_interval"] == pytest.approx(ends)
         assert {key: row[key] for key in values} == pytest.approx(values)
         assert row["problems"] == len(chosen) // 2 and shown.items() >= cells.items()
 
@@ -997,17 +1078,16 @@ def test_an_interrupted_evaluation_ends_as_one_on_two_ranks(tmp_path):
     options = [TOY, TOY, "--prompt", "student", "v1", f"--data={TOY}/test.jsonl", "--samples=2"]
     options += ["--limit=8", "--max_new_tokens=64", "--batch_size=4"]
     one, two = tmp_path / "one", tmp_path / "two"
-    run, records = [*options, f"--output_dir={one}"], one / "samples-0.jsonl"
-    said = start(evaluation, *run, accidents=[("opsdc.rollout", 3, INT)], code=130)
-    assert "goes on where it stopped" in said and "Traceback" not in said, said
+    run, records = [*options, f"--output_dir={two}"], two / "samples-0.jsonl"
     start(evaluation, *run, accidents=[("eval.grade", 4, KILL)], code=-9)
-    assert len(read_rows(records)) == 20
+    assert len(read_rows(records)) == 12
     change(records, records.read_bytes()[:-20])
-    start(evaluation, *run)
-    torchrun(evaluation, *options, f"--output_dir={two}")
+    start(evaluation, *run, ranks=2)
+    call(evaluation, *options, f"--output_dir={one}")  # undisturbed, on one rank
     lines = [(two / f"samples-{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
-    assert len(lines[0]) == len(lines[1]) == 16
-    assert sorted(lines[0] + lines[1]) == sorted(records.read_text().splitlines())
+    assert lines[1] and len(lines[0] + lines[1]) == 32
+    expected = (one / "samples-0.jsonl").read_text().splitlines()
+    assert sorted(lines[0] + lines[1]) == sorted(expected)
     for name in ("summary.json", "settings.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
 
@@ -1018,17 +1098,22 @@ def test_another_evaluation_in_the_same_place_is_refused(asked, tmp_path):
     run = [model, f"--data={data}", "--samples=1", "--max_new_tokens=9", f"--output_dir={out}"]
     call(evaluation, *run)
     samples, count = contents(out)["samples-0.jsonl"], len(asked)
-    held, weights = f"{out} holds an evaluation with", (model / "model.safetensors").read_bytes()
-    refused(evaluation, [*run, "--temperature=0.7"], f"{held} temperature 0.6, not 0.7", out)
+    held, weights = (
+        f"{out} holds an evaluation with another",
+        (model / "model.safetensors").read_bytes(),
+    )
+    refused(evaluation, [*run, "--temperature=0.7"], f"{held} temperature: choose", out)
     for file, new, message in (
         (model / "chat_template.jinja", "{{ messages[0].content }}", f"{model}/chat_template"),
         (model / "generation_config.json", {"eos_token_id": 7}, f"{model}/generation_config"),
         (model / "model.safetensors", weights[:-4] + bytes(4), f"{model}/model.safetensors"),
         (data, data.read_text().replace("#### 3", "#### 4"), "problems"),
     ):
+        times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
         good = change(file, new)
         refused(evaluation, run, f"{held} {message}", out)
         change(file, good)
+        os.utime(file, ns=times)
     change(data, data.read_text().replace('"level": 1', '"level": 2'))  # repaired
     said = call(evaluation, *run)
     assert "| 2 |" in said and "| 1 |" not in said and len(asked) == count
@@ -1039,15 +1124,6 @@ def test_another_evaluation_in_the_same_place_is_refused(asked, tmp_path):
     with open(out / "samples-0.jsonl", "a") as file:
         evaluation.fcntl.flock(file, evaluation.fcntl.LOCK_EX)
         refused(evaluation, run, "is in use by another evaluation", out)
-
-
-def test_ctrl_c_during_imports_and_a_safe_path(tmp_path):
-    command, options = [sys.executable, evaluation.__file__, "--help"], {"capture_output": True}
-    (tmp_path / "pandas.py").write_text("import os\nos.kill(os.getpid(), 2)")
-    run = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, **options)
-    assert (run.returncode, run.stderr) == (-INT, b"")
-    run = subprocess.run(command, env={"PYTHONSAFEPATH": "1"}, **options)
-    assert run.returncode == 0 and b"--prompt_style" in run.stdout
 
 
 def test_an_error_ends_a_run_with_one_line_and_no_update(monkeypatch, small_run, tmp_path):
@@ -1105,30 +1181,28 @@ WORDS = table("""--data=Nobody/None => Nobody/None can't | --model=Nobody/None =
     --teacher={tmp}/model --instruction=none --refresh_every=0 => nothing to learn""")
 WORDS += [(f"--{value}", f"--{value.split('=')[0]}") for value in VALUES.split()]
 FAULTS += [(opsdc, words, "empty.parquet", "", message) for words, message in WORDS]
-DATA = table("""{"problem": "a", "answer": null} => answer is None
+DATA = table("""{"problem": "a", "answer": null} => ['problem', 'answer'], without answer, final_a
     {"problem": "a", "answer": "####"} => answer is '####' | {"text": "a"} => columns are ['text']
     {"problem": "a", "answer": 1}¶{"problem": "b", "answer": NaN} => row 2 can't be used: answer
-    {"problem": "a", "answer": 1, "level": [1]} => row 1 can't be used: level is [1] | => no rows
+    {"problem": "a", "answer": [1, 2]} => row 1 can't be used: answer is [1, 2] | => no rows
     {"problem": "a", "answer": 1, "id": 1}¶{"problem": "b", "answer": 1, "id": 1} => the same id
-    {"problem": "a", "answer": 1, "level": "a"}¶{"problem": "b", "answer": 1, "level": 1} => texts
-    {"problem": "a", "answer": 1, "level": NaN} => level is nan
+    {"problem": "a", "answer": "The answer is: 5"} => row 1 ... answer is 'The answer is: 5'
     {"problem": "a", "answer": 1, "level": "\\udcff"} => row 1 can't be used: 'utf-8' codec""")
 SAMPLE = '{"id": 0, "response": "Answer: 2", "tokens": 3, "finished": true}\n'
-SAMPLES = [(SAMPLE * 2, "must have 1 (--samples) responses to each problem and no others")]
-SAMPLES += [(SAMPLE + SAMPLE.replace("0", "7"), "look at id 7")]
-SAMPLES += [(SAMPLE.replace("3", new), "it has no good tokens") for new in ("0", '"3"', "9" * 10)]
-SAMPLES += [(SAMPLE.replace("2", "\\ud800"), "r.jsonl, row 1 can't be used: 'utf-8' codec")]
-WORDS = table("""toy {tmp}/no => no can't be used | toy toy => is named twice | toy RANK=1 => error
-    toy --prompt v3 => --instruction is 'v3' | toy --prompt v1 v2 => names 2 prompts for 1 models
-    toy --prompt_style=v1 => 'v1' is no style
+SAMPLES = [(SAMPLE * 2, "must have --samples 1 of each problem, no others")]
+SAMPLES += [(SAMPLE + SAMPLE.replace("0", "7"), "no others")]
+SAMPLES += [(SAMPLE.replace("3", '"3"'), "r.jsonl, row 1 can't be used: its tokens is no int")]
+WORDS = table("""toy {tmp}/no => no can't be used | toy toy => named twice
+    toy --prompt v3 => --instruction is 'v3' | toy --prompt v1 v2 => 2 --prompt for 1 models
+    toy --prompt_style=v1 => is 'v1', not paper
     toy --max_new_tokens=1020 => toy has 1024 positions | toy --samples=0 => --samples is 0
     toy --temperature=0 => --temperature must be | toy --seed=99999999999 => --seed is 99999999999
-    --limit=2 => name the models to evaluate | --responses r --data a b => needs one benchmark
+    --limit=2 => name models to evaluate | --responses r --data a b => needs one benchmark
     toy --output_dir={tmp}/file => File exists | toy --data r ../r => two files of the same name""")
-MODEL = table("""chat_template.jinja => "Why?" => leaves the problem out
-    config.json => {"model_type": "t5"} => T5Config | model.safetensors => "" => deserializing
+MODEL = table("""config.json => {"model_type": "t5"} => T5Config
+    model.safetensors => "" => deserializing | chat_template.jinja => null => chat_template
     config.json => {"model_type": "x", "auto_map": {"AutoConfig": "own.X"}} => model can't be used
-    generation_config.json => {"eos_token_id": 821} => or its stop ids""")
+    run.json => "{}" => run.json can't be used""")
 FAULTS += [(evaluation, "{tmp}/model", f"model/{f}", json.loads(new), e) for f, new, e in MODEL]
 FAULTS += [(evaluation, "toy", "model/data.jsonl", *row) for row in DATA]
 FAULTS += [(evaluation, "--responses={tmp}/r.jsonl", "r.jsonl", *row) for row in SAMPLES]
