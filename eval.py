@@ -32,7 +32,7 @@ import re
 import resource
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import forkserver, get_context
 from pathlib import Path
@@ -68,7 +68,7 @@ class Settings:
     data: list[str] = HfArg(default_factory=lambda: [*BENCHMARKS], help="or files, or hub ids")
     prompt: list[str] = HfArg(
         default_factory=lambda: ["student"],
-        help="instruction: student (none), v1, v2, percent:50 or a text; one, or one per model",
+        help="instruction: student (none), v1, v2 or a text; one, or one per model",
     )
     prompt_style: str = HfArg(default="", help="opsdc.py calls it --prompt; else as in training")
     thinking: Literal["", "template", "on", "off"] = HfArg(default="", help="as opsdc.py's")
@@ -244,9 +244,7 @@ def grading_pool(workers: int) -> ProcessPool:
     return ProcessPool(workers, initializer=start_worker, context=get_context("forkserver"))
 
 
-def grade(
-    pool: ProcessPool, rows: list[tuple[str, str]], limit: float = 5.0
-) -> list[dict[str, int]]:
+def grade(pool: ProcessPool, rows: Iterable[tuple], limit: float = 5.0) -> list[dict[str, int]]:
     """The verdicts of each (response, gold), and `errors`: how many comparisons were ended. Each of
     the three has a third of `limit` seconds of processor time, and ten times as much on the clock.
     One that is ended counts as wrong and spoils no other."""
@@ -307,7 +305,8 @@ def prepare(candidate: tuple[str, str], problems: Problems, settings: Settings) 
             model = AutoModelForCausalLM.from_config(config)
         with contextlib.suppress(OSError):  # not every model has this file
             model.generation_config = GenerationConfig.from_pretrained(name)
-    generation = opsdc.sampling_settings(settings, [model], tokenizer, max(map(len, prompts)))
+    opsdc.require_room([model], max(map(len, prompts)) + settings.max_new_tokens)
+    generation = opsdc.sampling_settings(settings, [model], tokenizer, settings.top_k)
     return tokenizer, dict(zip(problems, prompts, strict=True)), generation
 
 
@@ -446,7 +445,8 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
     identity["problems and responses"] = hashlib.sha256(asked).hexdigest()
     prepared = {one: prepare(one, problems, settings) for one in candidates[: len(models)]}
     identity |= {key: value for name in models for key, value in identify(name).items()}
-    model = opsdc.load_model(models[0], settings.dtype, opsdc.DEVICE) if models else None
+    fresh = models and not (output_dir / "settings.json").exists()  # broken weights write nothing
+    model = opsdc.load_model(models[0], settings.dtype, opsdc.DEVICE) if fresh else None
     records, done = open_records(output_dir, identity)
     rank, ranks, size = dist.get_rank(), dist.get_world_size(), settings.batch_size
     places = [(*p, i) for p in problems for i in range(settings.samples * problems[p]["rows"])]
@@ -460,7 +460,7 @@ def evaluate(models: list[str], responses: list[str], output_dir: Path, settings
                 if responses:
                     samples = [written[key] for key in batch]
                 else:
-                    if model.name_or_path != candidate[0]:
+                    if model is None or model.name_or_path != candidate[0]:
                         model = None  # each model is loaded once, and never are two in memory
                         model = opsdc.load_model(candidate[0], settings.dtype, opsdc.DEVICE)
                     tokenizer, encoded, model.generation_config = prepared[candidate]
