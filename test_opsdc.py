@@ -290,7 +290,6 @@ def test_problems_and_answers_are_read_as_written_from_files_of_every_kind(tmp_p
         files += [("a.parquet", file.getvalue(), [form] * 2)]
     for name, content, part in files:
         (path := tmp_path / name).write_bytes(content)
-        os.utime(path, (0, 0))  # a changed file of the same age is read anew
         found = evaluation.load_problems(str(path), limit=0)
         assert [(p["chat"], p["answer"]) for p in found] == [form[1:] for form in part]
         assert [p["level"] for p in found] == [row.get("level") for row, _, _ in part]
@@ -673,12 +672,12 @@ def test_a_run_prints_how_many_problems_it_has_and_a_line_for_each_step(tmp_path
     """A real process; its bars are for terminals. No warning of a library is beside its lines."""
     out = tmp_path / "zwölf 二"
     command = [sys.executable, "opsdc.py", "@toy/args", "--steps=1", f"--output_dir={out}"]
-    command += ["--batch_size=2", "--max_new_tokens=99"]
+    command += ["--batch_size=2", "--max_new_tokens=99", "--data=toy/test.jsonl"]
     options = {"cwd": HERE, "env": os.environ | {"LC_ALL": "C"}, "text": True}
     run = subprocess.run(command, capture_output=True, **options)
     (row,) = read_rows(out / "metrics.jsonl")
     step = "step 1: loss {loss:.4f}, {completion_tokens:.1f} tokens, {truncated:.0%} cut"
-    lines = ["3200 of 3200 problems are within --max_prompt_tokens", step.format(**row)]
+    lines = ["300 of 300 problems are within --max_prompt_tokens", step.format(**row)]
     assert (run.returncode, run.stderr, run.stdout.splitlines()) == (0, "", lines)
 
 
@@ -689,7 +688,7 @@ def test_every_rollout_ends_at_a_stop_id_of_model_teacher_or_tokenizer(tmp_path)
     change(model / "generation_config.json", json.dumps(shipped))
     other, same = (shutil.copytree(path, tmp_path / path.name) for path in (TOY / "teacher", TOY))
     change(other / "generation_config.json", {"eos_token_id": [7]})
-    flags = {"model": model, "data": TOY / "train.jsonl", "output_dir": run, "save_every": 1}
+    flags = {"model": model, "data": TOY / "test.jsonl", "output_dir": run, "save_every": 1}
     flags |= {"batch_size": 4, "steps": 2, "max_new_tokens": 256, "refresh_every": 0}
     teachers = {}, {"teacher": other}, {"teacher": same, "instruction": "none"}
     for teacher, stops in zip(teachers, ([0, 2], [0, 7, 2], [0, 2]), strict=True):
@@ -1076,25 +1075,28 @@ def test_gradients_that_are_not_finite_end_a_run_without_an_update(
 
 
 # ---- Faults: what becomes of a file, as JSON, or is said; and what the one line says -------------
-MODEL = table(r"""chat_template.jinja => null => chat_template is not set
+BITS = json.dumps({"quant_method": "bitnet", "linear_class": "autobitlinear"})  # needs no GPU
+MODEL = table(
+    r"""chat_template.jinja => null => chat_template is not set
     chat_template.jinja => "Why?" => equal prompts | model.safetensors => "" => deserializing
     config.json => "{" => not a valid JSON | config.json => {"model_type": "t5"} => T5Config
-    config.json => {"hidden_size": 64} => embed_tokens.weight | adapter_config.json => "{}" => merge
-    config.json => {"num_hidden_layers": 1} => leaves out its weight ['model.layers.1.
-    config.json => {"quantization_config": {"quant_method": "fp8"}} => weights are quantized
+    config.json => {"hidden_size": 64} => mismatched_sizes | adapter_config.json => "{}" => merge
+    config.json => {"num_hidden_layers": 1, "layer_types": null} => weight ['model.layers.1.
+    config.json => {"quantization_config": QUANTIZED} => weights are quantized
     config.json => {"model_type": "x", "auto_map": {"AutoConfig": "own.X"}} => model can't be used
-    generation_config.json => {"eos_token_id": [1, 821]} => the stop ids are [1, 821, 2], which
-    generation_config.json => {"eos_token_id": -1} => the stop ids are [-1, 2], which are no tokens
-    generation_config.json => {"eos_token_id": "2"} => the stop ids are ['2', 2], which are no
-    generation_config.json => {"eos_token_id": [[1]]} => the stop ids are [[1], 2], which are no
-    model.safetensors => null => no file named model.safetensors""")
+    generation_config.json => {"eos_token_id": [1, 821]} => [1, 821, ... no tokens from 0 to 820
+    generation_config.json => {"eos_token_id": -1} => the stop ids are [-1, ... which are no tokens
+    generation_config.json => {"eos_token_id": "2"} => the stop ids are ['2', ... are no tokens
+    generation_config.json => {"eos_token_id": [[1]]} => the stop ids are [[1], ... are no tokens
+    model.safetensors => null => no file named model.safetensors""".replace("QUANTIZED", BITS)
+)
 FAULTS = [(opsdc, "", f"model/{file}", json.loads(new), said) for file, new, said in MODEL]
 TEACHER, WORDS = "--teacher=toy --refresh_every=0", {"extra_special_tokens": ["another"]}
 FAULTS += [(opsdc, TEACHER, "model/tokenizer_config.json", WORDS, "toy has another vocabulary")]
-DATA = table(r"""[1, 2] => row 1 ... its columns are [], without a problem | {"prompt": []} => row 1
+DATA = table(r"""[1, 2] => row 1 | {"prompt": []} => row 1
     {"problem": null} => row 1 | {"text": "", "id": 1} => row 1 ... its columns are ['text', 'id']
     {"problem": "a"}¶{"problem": " "} => row 2 ... ends with a text of the user | => 0 of 0
-    {"problem": "\udcff"} => row 1 ... surrogate | {"prompt": [1]} => row 1
+    {"problem": "\udcff"} => row 1 | {"prompt": [1]} => row 1
     {"problem": 7} => row 1 ... ['problem'] | {"problem": "a"}¶¶{"problem": "b¶ => line 2
     {"prompt": [{"role": "system", "content": "a"}]} => row 1 ... ends with a text of the user
     {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]} => row 1
@@ -1110,7 +1112,7 @@ VALUES += "batch_size=11 max_new_tokens=40000 max_prompt_tokens=3 output_dir= th
 WORDS = table("""--data=Nobody/None => Nobody/None can't | --model=Nobody/None => Nobody/None can't
     --data={tmp}/no.jsonl => no.jsonl ... No such file | --data={tmp}/no => /no can't
     --data=toy/args => toy/args can't ... only .jsonl | --data={tmp}/x => /x can't be used
-    --data={tmp}/x[1] => x[1] can't ... brackets | --data={tmp}/model => columns
+    --data={tmp}/x[1] => x[1] can't ... brackets | --data={tmp}/model => names don't match
     --data={tmp}/x/a.parquet => a.parquet can't be used | --instruction=none => equal prompts
     --output_dir={tmp}/model/data.jsonl => data.jsonl is a file | @{tmp}/no => No such file
     --output_dir={tmp}/model/data.jsonl/a => data.jsonl is a file
