@@ -208,7 +208,7 @@ def run_program(output, name, arguments, accidents, ranks, port):
     logging.disable(logging.NOTSET)
     for number in (INT, TERM):  # which what runs the tests may ignore
         signal.signal(number, signal.SIG_DFL)
-    for accident in accidents:
+    for accident in accidents if int(output.name) == ranks - 1 else ():  # on the last rank
         happen_before(*accident)
     sys.argv = [name, *arguments]
     pkgutil.resolve_name(name).main()
@@ -225,11 +225,6 @@ def happen_before(name, number, accident):
         return function(*arguments, **options)
 
     setattr(pkgutil.resolve_name(owner), name, wrapped)
-
-
-def interrupt_rank_1():
-    if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), INT)
 
 
 def torchrun(program, *arguments):
@@ -249,19 +244,17 @@ def outcome(output_dir):
 @pytest.mark.parametrize("instruction", INSTRUCTIONS)
 def test_prompts_and_defaults_are_the_papers(instruction):
     problem, c = "What is {1} + {opening}? ", " ".join(INSTRUCTIONS[instruction].split())
-    plain, own = PAPER.format(problem), "{problem} Again: {problem}"
-    pair = user(plain), user(f"{c}\n\n{FORMAT}\n\n{problem}\n\n{REMEMBER}")
-    assert opsdc.prompt_pair(user(problem), "none") == (pair[0], pair[0])
-    chat = [{"role": "system", "content": "Be kind."}, *user("Hi"), {"role": "assistant"}]
+    plain, told = PAPER.format(problem), f"{c}\n\n{FORMAT}\n\n{problem}\n\n{REMEMBER}"
+    assert opsdc.prompt_pair(user(problem), "none") == (user(plain), user(plain))
+    chat, own = [{"role": "system", "content": "Be kind."}, *user("Hi")], "{problem} Or {problem}"
     boxed = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
     for asked in (problem, plain, f" {plain}\n"):  # two of them as DAPO-Math has it
-        assert opsdc.prompt_pair(user(asked), instruction) == pair
-        after = tuple([*chat, *turn] for turn in pair)
-        assert opsdc.prompt_pair([*chat, *user(asked)], instruction) == after
+        pair = [*chat, *user(plain)], [*chat, *user(told)]
+        assert opsdc.prompt_pair([*chat, *user(asked)], instruction) == pair
         for style, text in (("plain", "{problem}"), ("boxed", boxed), (own, own)):
             asks = text.replace("{problem}", asked if style == "plain" else problem)
-            x, x_c = opsdc.prompt_pair([*chat, *user(asked)], instruction, style)
-            assert x == [*chat, *user(asks)] and x_c == [*chat, *user(f"{c}\n\n{asks}")]
+            pair = [*chat, *user(asks)], [*chat, *user(f"{c}\n\n{asks}")]
+            assert opsdc.prompt_pair([*chat, *user(asked)], instruction, style) == pair
     paper = """model=Qwen/Qwen3-8B data=YouJiacheng/DAPO-Math-17k-dedup instruction=v1 prompt=paper
         divergence=reverse_kl batch_size=32 refresh_every=50 refresh_share=1.0 learning_rate=1e-06
         weight_decay=0.01 max_grad_norm=1.0 temperature=1.0 top_p=1.0 max_new_tokens=8192
@@ -307,9 +300,6 @@ def test_configurations_and_splits_of_a_dataset(tmp_path):
     sources = table("maintrain=>main | socratictest=>socratic=>test | maintest=>main:test[-1:]")
     for question, end, *split in sources:
         assert list(opsdc.load_rows(f"{tmp_path}:{end}", *split)) == [{"question": question}]
-    for end, names in {"": "main.*socratic", ":main:dev": "train.*test"}.items():
-        with pytest.raises(opsdc.BadInput, match=names):
-            next(opsdc.load_rows(f"{tmp_path}{end}"))
 
 
 def test_the_prompt_opens_the_assistants_turn_and_control_tokens_in_a_problem_are_text():
@@ -325,12 +315,10 @@ def test_problems_count_once_and_long_teacher_prompts_are_left_out(group, capsys
     problems = ["short", " short", "t" * 100]
     again = [PAPER.format("short"), f"\n{PAPER.format('short')} ", *problems]  # as in DAPO-Math
     data = write_rows(tmp_path / "data.jsonl", [{"problem": p} for p in problems + again])
-    sides = PAPER, PAPER.replace(FIRST, "Be brief.\n\n").replace("\n\n ", "\n\n")
-    prompts = [[TURN.format(side.format(p)) for side in sides] for p in problems]
-    prompts = [
-        (*TOKENIZER(p)["input_ids"], user(PAPER.format(q)))
-        for p, q in zip(prompts, problems, strict=True)
-    ]
+    told, ids = PAPER.replace(f"{FIRST} ", "Be brief.\n\n"), TOKENIZER.encode
+    asks = [[TURN.format(side.format(p)) for side in (PAPER, told)] for p in problems]
+    chats = [user(PAPER.format(p)) for p in problems]
+    prompts = [(ids(x), ids(x_c), chat) for (x, x_c), chat in zip(asks, chats, strict=True)]
     options = {"data": data, "batch_size": 1, "instruction": "Be brief."}
     for missing, kept in ((0, 3), (1, 2)):
         config = opsdc.Config(max_prompt_tokens=len(prompts[2][1]) - missing, **options)
@@ -349,18 +337,16 @@ def test_batches_are_epochs_in_new_orders_that_leave_others_out():
 
 @needs_shared
 def test_real_tokenizer_real_vocabulary_real_problems(monkeypatch, tmp_path):
-    source, model, run = SHARED / "qwen3", tmp_path / "model", tmp_path / "run"
+    source, dapo = SHARED / "qwen3", SHARED / "dapo_math_17k.parquet"
+    model, run = tmp_path / "model", tmp_path / "run"
     qwen3 = tiny_model(vocab_size=151_936, tie_word_embeddings=True, initializer_range=0.02)
     qwen3.generation_config = GenerationConfig.from_pretrained(source)
     qwen3.save_pretrained(model)
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.save_pretrained(model)
-    data, some = f"{SHARED}/dapo_math_17k.parquet", f"{tmp_path}/some.parquet"
-    opsdc.datasets.Dataset.from_list([*opsdc.load_rows(data)][:50]).to_parquet(some)
-    options = [f"--model={model}", f"--data={some}", f"--output_dir={run}", "--steps=2"]
-    call(opsdc, *options, "--batch_size=2", "--max_new_tokens=8")
-    row, _ = read_rows(run / "metrics.jsonl")
-    assert row["truncated"] == 1
+    options = [f"--model={model}", f"--data={TOY}/test.jsonl", f"--output_dir={run}"]
+    call(opsdc, *options, "--steps=1", "--batch_size=2", "--max_new_tokens=8")
+    (row,) = read_rows(run / "metrics.jsonl")
     assert row["student_entropy"] == pytest.approx(math.log(151_936), rel=0.05)
     saved = GenerationConfig.from_pretrained(run)
     assert saved.eos_token_id == [151645, 151643] and saved.top_k == 20
@@ -373,11 +359,9 @@ def test_real_tokenizer_real_vocabulary_real_problems(monkeypatch, tmp_path):
     tokenizer.chat_template = template.read_text(encoding="utf-8")
     (ids,) = opsdc.encode_chats(tokenizer, [user("1+1?")], "template")
     assert tokenizer.decode(ids).endswith("<｜User｜>1+1?<｜Assistant｜><think>\n")
-    monkeypatch.setattr(
-        opsdc, "encode_chats", lambda _, chats, __: [c[0]["content"] for c in chats]
-    )
+    monkeypatch.setattr(opsdc, "encode_chats", lambda _, pair, __: [c[0]["content"] for c in pair])
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    prompts = opsdc.load_prompts(opsdc.Config(data=data, max_prompt_tokens=10**6), None)
+    prompts = opsdc.load_prompts(opsdc.Config(data=str(dapo), max_prompt_tokens=10**6), None)
     assert len(prompts) == 17_290
     assert all(x.count(FORMAT) == x_c.count(REMEMBER) == 1 for x, x_c, _ in prompts)
 
@@ -398,13 +382,10 @@ def test_rollouts_follow_the_students_own_distribution_behind_padding():
         assert chi_square < 59 + 5 * math.sqrt(2 * 59)  # five standard deviations, 59 degrees
 
 
-def test_align_on_the_example_of_its_docstring():
+def test_the_example_of_align_and_losses_of_distributions_far_apart():
     input_ids, predicts = opsdc.align([[11, 12, 13], [21]], [[1, 2], [3, 4, 5]])
     assert input_ids.tolist() == [[11, 12, 13, 1, 2], [21, 3, 4, 5, 0]]
     assert predicts.int().tolist() == [[0, 0, 1, 1, 0], [1, 1, 1, 0, 0]]
-
-
-def test_losses_of_distributions_far_apart_are_finite():
     for kind, nats in {"reverse_kl": 300, "forward_kl": 300, "jsd": math.log(2)}.items():
         q_states, p_states = (torch.eye(4) * 300).requires_grad_(), torch.eye(4).roll(1, 0) * 300
         inputs = (q_states, torch.eye(4), p_states, torch.eye(4), torch.full((4,), 0.25), kind)
@@ -417,7 +398,7 @@ X = [[11, 12, 13], [21], [31, 32], [41, 42, 43, 44], [45]]
 X_C = [[9, 9, 11, 12], [9, 21], [9, 9, 9, 9, 31, 32], [9, 41], [9, 9, 9]]
 Y = [[4, 2], [3, 4, 5, 6, 7, 1], [8, 1], [0, 0, 0, 0, 0, 0], [1]]  # 0 is a token that also pads
 TRIPLES = list(zip(X, X_C, Y, strict=True))
-FAMILIES = {"gemma3_text": {"sliding_window": 4, "query_pre_attn_scalar": 8}}
+FAMILIES = {"llama": {}, "gemma3_text": {"sliding_window": 4, "query_pre_attn_scalar": 8}}
 FAMILIES |= {"gpt_neox": {"hidden_dropout": 0.5, "attention_dropout": 0.5}}  # dropout is off
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MIXTURE |= {"output_router_logits": True}  # as some ship: an auxiliary loss, which is not ours
@@ -472,6 +453,8 @@ def test_families_train_in_fp32_as_on_full_logits(group, tmp_path, kind):
     paths = [tmp_path / str(seed) for seed in (1, 2)]
     for seed, path in enumerate(paths):
         tiny_model(kind, seed, **FAMILIES[kind]).to(stored).save_pretrained(path)
+        if kind == "llama":  # its head is its own, whatever its config says
+            change(path / "config.json", {"tie_word_embeddings": True})
     student, teacher = (opsdc.shard(opsdc.load_model(str(p)), opsdc.Config()) for p in paths)
     loss, _ = opsdc.distillation_loss(student, teacher, TRIPLES, "reverse_kl", 5)
     loss.backward()
@@ -490,8 +473,9 @@ def test_families_train_in_fp32_as_on_full_logits(group, tmp_path, kind):
     copy = opsdc.load_model(str(paths[1]), "float32")
     opsdc.copy_to_sampler(teacher, copy)  # a copy of a copy, and from disk
     copy.save_pretrained(tmp_path / "saved")
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
-    close(saved, plain.state_dict(), atol=0, rtol=0)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    close(saved.state_dict(), plain.state_dict(), atol=0, rtol=0)
+    assert saved.config.tie_word_embeddings is (kind == "gemma3_text")
 
 
 @pytest.mark.parametrize("kind, options, lost", UNUSABLE)
@@ -511,20 +495,15 @@ def test_more_than_a_head_and_lost_weights_are_refused(tmp_path, kind, options, 
         opsdc.load_model(str(tmp_path), "bfloat16" if kind == "granite" else "float32")
 
 
-def test_untied_weights_under_a_config_that_ties_them_stay_untied(tmp_path):
-    ids, model = torch.arange(9)[None], tiny_model("llama", tie_word_embeddings=False)
-    model.save_pretrained(tmp_path / "model")
-    change(tmp_path / "model" / "config.json", {"tie_word_embeddings": True})
-    opsdc.load_model(str(tmp_path / "model")).save_pretrained(tmp_path / "saved")
-    close(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")(ids).logits, model(ids).logits)
-
-
-def test_norms_of_large_gradients_are_right(group):
+def test_norms_of_large_gradients_are_right_and_others_end_a_run(group):
     """torch's own fp32 norm of so many equal numbers is far too low."""
     numbers = torch.tensor([0.1]).expand(2**26)  # without their memory
     weight = Mock(**{"grad.to_local.return_value.flatten.return_value": numbers})
-    norm = opsdc.clip_gradients(Mock(**{"parameters.return_value": [weight]}), 1e9)
-    assert norm == pytest.approx(0.1 * 2**13, rel=5e-3)
+    student = Mock(**{"parameters.return_value": [weight]})
+    assert opsdc.clip_gradients(student, 1e9) == pytest.approx(0.1 * 2**13, rel=5e-3)
+    weight.grad.to_local.return_value.flatten.return_value = numbers * math.nan
+    with pytest.raises(SystemExit, match="not finite: look at model"):
+        opsdc.clip_gradients(student, 1e9)
 
 
 def record(options, program=opsdc):
@@ -614,26 +593,20 @@ def small_run(tiny):
     return [*run, "--learning_rate=1e-3", "--rollout_batch_size=4", "--prompt=plain"]
 
 
-def test_two_ranks_equal_one_and_each_resumes_the_other(small_run, tiny, tmp_path):
-    """Greedy by a tiny top_p; without it the ranks draw different samples of the same problem."""
+def test_two_ranks_equal_one_and_each_resumes_the_other(small_run, tmp_path):
+    """Greedy by a tiny top_p; without it the ranks draw different samples."""
     greedy = [*small_run, "--top_p=1e-6", "--steps=4", "--save_every=3", "--refresh_share=0.3"]
     one, two = (f"--output_dir={tmp_path}/{name}" for name in ("one", "two"))
     start(opsdc, *greedy, one, "--offload=True")
-    accidents = [(GENERATE, 2, interrupt_rank_1)]  # of which rank 0 must learn
+    accidents = [(GENERATE, 2, INT)]  # of rank 1, of which rank 0 must learn
     said = start(opsdc, *greedy, two, accidents=accidents, ranks=2, code=130)
     assert said.count("\n") == 4 and said.endswith("step 2 is saved, --resume goes on\n"), said
     start(opsdc, *greedy, two, "--resume")
     expected = outcome(tmp_path / "one")
     close(outcome(tmp_path / "two"), expected)
-    before = read_rows(tmp_path / "one" / "metrics.jsonl")
     start(opsdc, *greedy, one, "--resume", ranks=2)
-    after = read_rows(tmp_path / "one" / "metrics.jsonl")
-    assert after[:3] == before[:3] and after[3] != before[3]  # by the times: one is redone
     close(outcome(tmp_path / "one"), expected)
-    data = write_rows(tmp_path / "data.jsonl", [{"problem": "Why?"}, {"problem": " Why?"}])
-    model, trim = shutil.copytree(tiny, tmp_path / "model"), ("content", "content | trim")
-    change(model / "chat_template.jinja", TOKENIZER.chat_template.replace(*trim))  # one prompt
-    run = [*small_run, f"--data={data}", f"--model={model}", f"--output_dir={tmp_path}/run"]
+    run = [*small_run, "--temperature=1e9", f"--output_dir={tmp_path}/run"]  # all tokens alike
     start(opsdc, *run, "--batch_size=2", "--steps=4", "--save_every=0", ranks=2)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert any(row["completion_tokens"] % 1 for row in rows)  # equal samples: a whole mean
@@ -750,14 +723,10 @@ def test_only_a_run_of_its_kind_is_resumed(monkeypatch, small_run, tiny, tmp_pat
         assert message in said and said.count("\n") == 2, said
         change(file, good)
     assert contents(out) == before
-    newest.unlink()  # as if saving had been cut short
-    day, before = Mock(), read_rows(out / "metrics.jsonl")
+    day = Mock()
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", day)  # another one
     call(opsdc, *resume, "--steps=4", "--save_every=0")
-    assert day.now.called
-    after = read_rows(out / "metrics.jsonl")
-    assert [row["step"] for row in after] == [1, 2, 3, 4]
-    assert before[0] == after[0] and before[1] != after[1]  # by the times: step 2 is redone
+    assert day.now.called and len(read_rows(out / "metrics.jsonl")) == 4
     [shutil.rmtree(step) for step in out.glob("step-*")]
     refused(opsdc, [*resume, "--steps=5"], "is finished, without a step-N to go on from", out)
 
@@ -1063,17 +1032,6 @@ def test_ctrl_c_during_imports_and_a_safe_path(tmp_path):
     assert run.returncode == 0 and b"--prompt_style" in run.stdout
 
 
-def test_gradients_that_are_not_finite_end_a_run_without_an_update(
-    monkeypatch, small_run, tmp_path
-):
-    broken = Mock(side_effect=lambda states, head: states @ head.T * math.nan)
-    monkeypatch.setattr(opsdc, "project", broken)
-    monkeypatch.setattr(torch.optim.AdamW, "step", Mock(side_effect=AssertionError("an update")))
-    err = call(opsdc, *small_run, f"--output_dir={tmp_path}/run", code=1)
-    assert "not finite: look at model" in err.strip().splitlines()[-1]
-    assert not (tmp_path / "run" / "model.safetensors").exists()
-
-
 # ---- Faults: what becomes of a file, as JSON, or is said; and what the one line says -------------
 BITS = json.dumps({"quant_method": "bitnet", "linear_class": "autobitlinear"})  # needs no GPU
 MODEL = table(
@@ -1093,11 +1051,10 @@ MODEL = table(
 FAULTS = [(opsdc, "", f"model/{file}", json.loads(new), said) for file, new, said in MODEL]
 TEACHER, WORDS = "--teacher=toy --refresh_every=0", {"extra_special_tokens": ["another"]}
 FAULTS += [(opsdc, TEACHER, "model/tokenizer_config.json", WORDS, "toy has another vocabulary")]
-DATA = table(r"""[1, 2] => row 1 | {"prompt": []} => row 1
-    {"problem": null} => row 1 | {"text": "", "id": 1} => row 1 ... its columns are ['text', 'id']
+DATA = table(r"""[1, 2] => row 1 | {"text": "", "id": 1} => row 1 ... columns are ['text', 'id']
     {"problem": "a"}¶{"problem": " "} => row 2 ... ends with a text of the user | => 0 of 0
-    {"problem": "\udcff"} => row 1 | {"prompt": [1]} => row 1
-    {"problem": 7} => row 1 ... ['problem'] | {"problem": "a"}¶¶{"problem": "b¶ => line 2
+    {"problem": "\udcff"} => row 1 | {"prompt": [1]} => row 1 | {"problem": 7} => row 1
+    {"prompt": []} => row 1 ... ['prompt'] | {"problem": "a"}¶¶{"problem": "b¶ => line 2
     {"prompt": [{"role": "system", "content": "a"}]} => row 1 ... ends with a text of the user
     {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]} => row 1
     {"problem": "[{\"role\": \"user\", \"content\": \"a\"}]"} => row 1 ... turned into a text
