@@ -105,7 +105,7 @@ def test_mixed_policy_holds_on_two_ranks_and_after_a_kill(flags, other, small_ru
     start(mpd, *resume)
     close(outcome(killed), outcome(whole), atol=0, rtol=0)
     start(mpd, *run, f"--output_dir={two}", ranks=2)
-    close(outcome(two), outcome(whole))
+    close(outcome(two), outcome(whole), atol=1e-4)  # a tenth of one update by AdamW
     log, *others = (read_rows(path / "rewrites.jsonl") for path in (whole, killed, two))
     assert [row["step"] for row in log] == [1, 2, 3, 4] and others == [log, log]
 
