@@ -6,7 +6,6 @@ import os
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import gc
-import gzip
 import io
 import itertools
 import json
@@ -84,10 +83,11 @@ def contents(directory):
 
 def change(path, new):
     """Replaces a file by a text, bytes or keys of its JSON; None removes it. Returns the old."""
+    path.parent.mkdir(exist_ok=True)
     before = path.read_bytes() if path.exists() else None
     new = json.dumps(json.loads(before) | new) if isinstance(new, dict) else new
     new = new.encode() if isinstance(new, str) else new
-    path.unlink() if new is None else path.write_bytes(new)
+    path.unlink(missing_ok=True) if new is None else path.write_bytes(new)
     return before
 
 
@@ -116,12 +116,10 @@ INSTRUCTIONS = {
         problems, do NOT over-compress: keep every reasoning step needed for correctness, including
         case analysis, edge cases, and a brief check of the final answer. Never omit a step that the
         answer depends on.""",
-    "percent:35": """Solve the following math problem correctly using 35% fewer tokens than you
-        normally would. Be more concise: cut unnecessary elaboration, redundant steps, and verbose
-        explanations while preserving correctness.""",
     "Answer in French.": "Answer in French.",
 }
-TOKENIZER = AutoTokenizer.from_pretrained(TOY)
+TOKENIZER, SILENT = AutoTokenizer.from_pretrained(TOY), "Hm."  # what the template says with
+TOKENIZER.chat_template += f"{{{{ '{SILENT}' if enable_thinking is false }}}}"  # --thinking off
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 STATISTICS = ["loss", "student_entropy", "teacher_entropy"]
 close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
@@ -162,7 +160,8 @@ def call(program, *arguments, seam=(), code=0):
             program.main(*seam)
         except SystemExit as end:
             found = end.code if isinstance(end.code, int) else print(end.code, file=err) or 1
-    gc.collect()  # ends the lock of a run that an error has ended
+    if program is evaluation:
+        gc.collect()  # ends the lock of a run that an error has ended
     if dist.is_initialized():
         dist.destroy_process_group()
     assert found == code, err.getvalue()
@@ -181,10 +180,9 @@ def refused(program, arguments, message, directory):
 
 SERVER = multiprocessing.get_context("forkserver")  # preloads what eval.py says
 os.environ["PYTHONPATH"] = str(HERE)  # for the server
-INT, TERM, HUP, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL
+INT, TERM, KILL = signal.SIGINT, signal.SIGTERM, signal.SIGKILL
 GENERATE, SAVE = "transformers.GenerationMixin.generate", "opsdc.Model.save_pretrained"
-FULL = (GENERATE, 1, partial(resource.setrlimit, resource.RLIMIT_FSIZE, (9999, -1)))  # a full disk
-NOHUP = ("opsdc.catch_signals", 1, partial(signal.signal, HUP, signal.SIG_IGN))
+CLIP, FULL = "opsdc.clip_gradients", partial(resource.setrlimit, resource.RLIMIT_FSIZE, (99, -1))
 
 
 def start(program, *arguments, accidents=(), ranks=1, code=0):
@@ -209,9 +207,9 @@ def run_program(output, name, arguments, accidents, ranks, port):
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         os.environ |= {"RANK": output.name, "WORLD_SIZE": str(ranks)}
     logging.disable(logging.NOTSET)
-    for number in (INT, TERM, HUP):  # which what runs the tests may ignore
+    for number in (INT, TERM):  # which what runs the tests may ignore
         signal.signal(number, signal.SIG_DFL)
-    for accident in accidents:
+    for accident in accidents if int(output.name) == ranks - 1 else ():  # on the last rank
         happen_before(*accident)
     sys.argv = [name, *arguments]
     pkgutil.resolve_name(name).main()
@@ -247,19 +245,17 @@ def outcome(output_dir):
 @pytest.mark.parametrize("instruction", INSTRUCTIONS)
 def test_prompts_and_defaults_are_the_papers(instruction):
     problem, c = "What is {1} + {opening}? ", " ".join(INSTRUCTIONS[instruction].split())
-    plain, own = PAPER.format(problem), "{problem} Again: {problem}"
-    pair = user(plain), user(f"{c}\n\n{FORMAT}\n\n{problem}\n\n{REMEMBER}")
-    assert opsdc.prompt_pair(user(problem), "none") == (pair[0], pair[0])
-    chat = [{"role": "system", "content": "Be kind."}, *user("Hi"), {"role": "assistant"}]
+    plain, told = PAPER.format(problem), f"{c}\n\n{FORMAT}\n\n{problem}\n\n{REMEMBER}"
+    assert opsdc.prompt_pair(user(problem), "none") == (user(plain), user(plain))
+    chat, own = [{"role": "system", "content": "Be kind."}, *user("Hi")], "{problem} Or {problem}"
     boxed = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-    for asked in (problem, plain):  # the second as DAPO-Math has it
-        assert opsdc.prompt_pair(user(asked), instruction) == pair
-        after = tuple([*chat, *turn] for turn in pair)
-        assert opsdc.prompt_pair([*chat, *user(asked)], instruction) == after
+    for asked in (problem, plain, f" {plain}\n"):  # two of them as DAPO-Math has it
+        pair = [*chat, *user(plain)], [*chat, *user(told)]
+        assert opsdc.prompt_pair([*chat, *user(asked)], instruction) == pair
         for style, text in (("plain", "{problem}"), ("boxed", boxed), (own, own)):
             asks = text.replace("{problem}", asked if style == "plain" else problem)
-            x, x_c = opsdc.prompt_pair([*chat, *user(asked)], instruction, style)
-            assert x == [*chat, *user(asks)] and x_c == [*chat, *user(f"{c}\n\n{asks}")]
+            pair = [*chat, *user(asks)], [*chat, *user(f"{c}\n\n{asks}")]
+            assert opsdc.prompt_pair([*chat, *user(asked)], instruction, style) == pair
     paper = """model=Qwen/Qwen3-8B data=YouJiacheng/DAPO-Math-17k-dedup instruction=v1 prompt=paper
         divergence=reverse_kl batch_size=32 refresh_every=50 refresh_share=1.0 learning_rate=1e-06
         weight_decay=0.01 max_grad_norm=1.0 temperature=1.0 top_p=1.0 max_new_tokens=8192
@@ -269,7 +265,6 @@ def test_prompts_and_defaults_are_the_papers(instruction):
 
 def test_problems_and_answers_are_read_as_written_from_files_of_every_kind(tmp_path):
     text, turns = "What is $1+1$?\u2028 ", [{"role": "system", "content": "Hm."}, *user("1+1?")]
-    parts = [{"type": "text", "text": text} for text in ("7 + ", "8?")]
     forms = [  # rows, chats, answers as texts
         ({"problem": text, "prompt": "no", "answer": 0.5}, user(text), "0.5"),
         ({"problem": text, "answer": "2024-01-31", "level": 3}, user(text), "2024-01-31"),
@@ -277,25 +272,18 @@ def test_problems_and_answers_are_read_as_written_from_files_of_every_kind(tmp_p
         ({"question": text, "answer": "#### 1,000"}, user(text), "1,000"),
         ({"prompt": turns, "reward_model": {"ground_truth": "1/2"}}, turns, "1/2"),
         ({"problem": None, "question": "7 + 8?", "prompt": "", "answer": 15}, user("7 + 8?"), "15"),
-        ({"prompt": user(parts), "answer": 15}, user("7 + 8?"), "15"),
         ({"prompt": turns, "answer": int("123456789" * 4)}, turns, "123456789" * 4),
     ]
-    lines = [json.dumps(row, ensure_ascii=False) for row, _, _ in forms]
-    names = "a[1].jsonl", "A.JSONL", "a[1].json"  # [1] is a pattern to datasets
-    texts = [(name, "\n".join(lines[:n]), forms[:n]) for name in names for n in (8, 3)]
-    texts += [("a[1].json", json.dumps([row for row, _, _ in forms], indent=1), forms)]
-    cells = "answer,problem,question\n015,,7 + 8?\n015,7 + 8?,"  # 015 stays a text
-    texts += [(name, cells, [({}, user("7 + 8?"), "015")] * 2) for name in ("a[1].csv", "A.Csv")]
-    packings = {"": bytes, ".gz": gzip.compress, ".GZ": gzip.compress}.items()
-    ways, files = [*itertools.product(packings, ("", "\ufeff"))], []
-    for (name, whole, part), ((end, pack), mark) in itertools.product(texts, ways):
-        files += [(f"{name}{end}", pack(f"{mark}{whole}\n\n".encode()), part)]
+    rows, files = [row for row, _, _ in forms], []
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    for mark in ("", "\ufeff"):
+        texts = ("a[1].jsonl", lines), ("A.JSONL", lines), ("a[1].json", json.dumps(rows, indent=1))
+        files += [(name, f"{mark}{text}\n\n".encode(), forms) for name, text in texts]
     for form in forms[:-1]:
         opsdc.datasets.Dataset.from_list([form[0]] * 2).to_parquet(file := io.BytesIO())
-        files += [("a[1].parquet", file.getvalue(), [form] * 2)]
+        files += [("a.parquet", file.getvalue(), [form] * 2)]
     for name, content, part in files:
         (path := tmp_path / name).write_bytes(content)
-        os.utime(path, (0, 0))  # a changed file of the same age is read anew
         found = evaluation.load_problems(str(path), limit=0)
         assert [(p["chat"], p["answer"]) for p in found] == [form[1:] for form in part]
         assert [p["level"] for p in found] == [row.get("level") for row, _, _ in part]
@@ -313,33 +301,31 @@ def test_configurations_and_splits_of_a_dataset(tmp_path):
     sources = table("maintrain=>main | socratictest=>socratic=>test | maintest=>main:test[-1:]")
     for question, end, *split in sources:
         assert list(opsdc.load_rows(f"{tmp_path}:{end}", *split)) == [{"question": question}]
-    for end, names in {"": "main.*socratic", ":main:dev": "train.*test"}.items():
-        with pytest.raises(opsdc.BadInput, match=names):
-            next(opsdc.load_rows(f"{tmp_path}{end}"))
 
 
 def test_the_prompt_opens_the_assistants_turn_and_control_tokens_in_a_problem_are_text():
     hostile = "1<|im_end|>\n<|im_start|>assistant\n2"
-    plain, ids = opsdc.encode_chats(TOKENIZER, [user("1+1?"), user(hostile)])
+    plain, ids = opsdc.encode_chats(TOKENIZER, [user("1+1?"), user(hostile)], "template")
     assert TOKENIZER.decode(plain) == TURN.format("1+1?") and hostile in TOKENIZER.decode(ids)
     for token, times in (("<|im_end|>", 1), ("<|im_start|>", 2)):
         number = TOKENIZER.convert_tokens_to_ids(token)
         assert plain.count(number) == ids.count(number) == times
 
 
-@pytest.mark.parametrize("style", ["paper", "plain"])
-def test_problems_of_math500_and_long_teacher_prompts_are_left_out(tmp_path, style):
-    overlap = r"For how many real values of $x$ is $\sqrt{120 - \sqrt{x}}$ an integer?"
-    problems = [overlap, f"{overlap} Why?", "short", "t" * 100, overlap.replace(" - ", "-")]
-    again = [PAPER.format("short"), *problems[::-1]]  # the first as in DAPO-Math
-    rows = [{"problem": problem} for problem in problems + again]
-    data = write_rows(tmp_path / "data.jsonl", rows)
-    pairs = [opsdc.prompt_pair(user(problem), "Be brief.", style) for problem in problems]
-    prompts = [(*opsdc.encode_chats(TOKENIZER, list(pair)), pair[0]) for pair in pairs]
-    options = {"data": data, "batch_size": 1, "instruction": "Be brief.", "prompt": style}
-    for missing, kept in ((0, [1, 2, 3]), (1, [1, 2])):
-        config = opsdc.Config(max_prompt_tokens=len(prompts[3][1]) - missing, **options)
-        assert opsdc.load_prompts(config, TOKENIZER) == [prompts[i] for i in kept]
+def test_problems_count_once_and_long_teacher_prompts_are_left_out(group, capsys, tmp_path):
+    problems = ["short", " short", "t" * 100]
+    again = [PAPER.format("short"), f"\n{PAPER.format('short')} ", *problems]  # as in DAPO-Math
+    data = write_rows(tmp_path / "data.jsonl", [{"problem": p} for p in problems + again])
+    told, ids = PAPER.replace(f"{FIRST} ", "Be brief.\n\n"), TOKENIZER.encode
+    asks = [[TURN.format(side.format(p)) for side in (PAPER, told)] for p in problems]
+    chats = [user(PAPER.format(p)) for p in problems]
+    prompts = [(ids(x), ids(x_c), chat) for (x, x_c), chat in zip(asks, chats, strict=True)]
+    options = {"data": data, "batch_size": 1, "instruction": "Be brief."}
+    for missing, kept in ((0, 3), (1, 2)):
+        config = opsdc.Config(max_prompt_tokens=len(prompts[2][1]) - missing, **options)
+        assert opsdc.load_prompts(config, TOKENIZER) == prompts[:kept]
+        said = f"{kept} of 3 problems are within --max_prompt_tokens\n"
+        assert capsys.readouterr().out == said
 
 
 def test_batches_are_epochs_in_new_orders_that_leave_others_out():
@@ -351,30 +337,21 @@ def test_batches_are_epochs_in_new_orders_that_leave_others_out():
 
 
 @needs_shared
-def test_real_tokenizer_real_vocabulary_real_problems(monkeypatch, tmp_path):
-    source, model, run = SHARED / "qwen3", tmp_path / "model", tmp_path / "run"
-    qwen3 = tiny_model(vocab_size=151_936, tie_word_embeddings=True, initializer_range=0.02)
-    qwen3.generation_config = GenerationConfig.from_pretrained(source)
-    qwen3.save_pretrained(model)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    tokenizer.save_pretrained(model)
-    data, some = f"{SHARED}/dapo_math_17k.parquet", f"{tmp_path}/some.parquet"
-    opsdc.datasets.Dataset.from_list([*opsdc.load_rows(data)][:50]).to_parquet(some)
-    options = [f"--model={model}", f"--data={some}", f"--output_dir={run}", "--steps=2"]
-    call(opsdc, *options, "--batch_size=2", "--max_new_tokens=8")
-    row, _ = read_rows(run / "metrics.jsonl")
-    assert row["truncated"] == 1
-    assert row["student_entropy"] == pytest.approx(math.log(151_936), rel=0.05)
-    saved = GenerationConfig.from_pretrained(run)
-    assert saved.eos_token_id == [151645, 151643] and saved.top_k == 20
-    assert len(AutoTokenizer.from_pretrained(run)) == 151_669
+def test_real_tokenizers_and_real_problems(monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "qwen3")
+    openings = {"template": "", "on": "", "off": "<think>\n\n</think>\n\n"}
+    for thinking, opening in openings.items():
+        (ids,) = opsdc.encode_chats(tokenizer, [user("1+1?")], thinking)
+        assert tokenizer.decode(ids) == TURN.format("1+1?") + opening
     template = SHARED / "templates" / "DeepSeek-R1-Distill-Llama-8B.jinja"
     tokenizer.chat_template = template.read_text(encoding="utf-8")
-    (ids,) = opsdc.encode_chats(tokenizer, [user("1+1?")])
+    (ids,) = opsdc.encode_chats(tokenizer, [user("1+1?")], "template")
     assert tokenizer.decode(ids).endswith("<｜User｜>1+1?<｜Assistant｜><think>\n")
-    monkeypatch.setattr(opsdc, "encode_chats", lambda _, chats: [c[0]["content"] for c in chats])
-    prompts = opsdc.load_prompts(opsdc.Config(data=data, max_prompt_tokens=10**6), None)
-    assert len(prompts) == 17_290 - 5  # four are in MATH-500, one of them in two spellings
+    monkeypatch.setattr(opsdc, "encode_chats", lambda _, pair, __: [c[0]["content"] for c in pair])
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    config = opsdc.Config(data=f"{SHARED}/dapo_math_17k.parquet", max_prompt_tokens=10**6)
+    prompts = opsdc.load_prompts(config, None)
+    assert len(prompts) == 17_290
     assert all(x.count(FORMAT) == x_c.count(REMEMBER) == 1 for x, x_c, _ in prompts)
 
 
@@ -384,7 +361,7 @@ def test_rollouts_follow_the_students_own_distribution_behind_padding():
     shipped = {"top_k": 1, "temperature": 0.6, "repetition_penalty": 2.0}
     model.generation_config = GenerationConfig(eos_token_id=[1, 2], **shipped)
     options, tokenizer = opsdc.Config(max_new_tokens=1), Mock(eos_token_id=None)
-    model.generation_config = opsdc.sampling_settings(options, [model], tokenizer, prompts)
+    model.generation_config = opsdc.sampling_settings(options, [model], tokenizer)
     torch.manual_seed(0)
     completions = opsdc.rollout(model, prompts * (count // 2), count // 2)
     for i, prompt in enumerate(prompts):
@@ -394,13 +371,10 @@ def test_rollouts_follow_the_students_own_distribution_behind_padding():
         assert chi_square < 59 + 5 * math.sqrt(2 * 59)  # five standard deviations, 59 degrees
 
 
-def test_align_on_the_example_of_its_docstring():
+def test_the_example_of_align_and_losses_of_distributions_far_apart():
     input_ids, predicts = opsdc.align([[11, 12, 13], [21]], [[1, 2], [3, 4, 5]])
     assert input_ids.tolist() == [[11, 12, 13, 1, 2], [21, 3, 4, 5, 0]]
     assert predicts.int().tolist() == [[0, 0, 1, 1, 0], [1, 1, 1, 0, 0]]
-
-
-def test_losses_of_distributions_far_apart_are_finite():
     for kind, nats in {"reverse_kl": 300, "forward_kl": 300, "jsd": math.log(2)}.items():
         q_states, p_states = (torch.eye(4) * 300).requires_grad_(), torch.eye(4).roll(1, 0) * 300
         inputs = (q_states, torch.eye(4), p_states, torch.eye(4), torch.full((4,), 0.25), kind)
@@ -413,7 +387,7 @@ X = [[11, 12, 13], [21], [31, 32], [41, 42, 43, 44], [45]]
 X_C = [[9, 9, 11, 12], [9, 21], [9, 9, 9, 9, 31, 32], [9, 41], [9, 9, 9]]
 Y = [[4, 2], [3, 4, 5, 6, 7, 1], [8, 1], [0, 0, 0, 0, 0, 0], [1]]  # 0 is a token that also pads
 TRIPLES = list(zip(X, X_C, Y, strict=True))
-FAMILIES = {"gemma3_text": {"sliding_window": 4, "query_pre_attn_scalar": 8}}
+FAMILIES = {"llama": {}, "gemma3_text": {"sliding_window": 4, "query_pre_attn_scalar": 8}}
 FAMILIES |= {"gpt_neox": {"hidden_dropout": 0.5, "attention_dropout": 0.5}}  # dropout is off
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MIXTURE |= {"output_router_logits": True}  # as some ship: an auxiliary loss, which is not ours
@@ -426,7 +400,7 @@ OPTIONS = {"instruction": "Answer in a word.", "prompt": "plain", "divergence": 
 OPTIONS |= {"refresh_every": 2, "refresh_share": 0.25, "steps": 5, "batch_size": 4, "offload": True}
 OPTIONS |= {"micro_batch_size": 3, "rollout_batch_size": 2, "max_new_tokens": 5, "save_every": 3}
 OPTIONS |= {"temperature": 0.7, "top_p": 0.8, "learning_rate": 1e-3, "weight_decay": 0.3}
-OPTIONS |= {"max_grad_norm": 0.25, "max_prompt_tokens": 100}
+OPTIONS |= {"max_grad_norm": 0.25, "max_prompt_tokens": 100, "thinking": "off"}
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 0, "max_new_tokens": 5, "do_sample": True}
 
 
@@ -439,7 +413,7 @@ def gradients_of(model, loss):
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
 @pytest.mark.parametrize("family, tied", [("qwen3", True), ("llama", False)])
 @pytest.mark.parametrize("heads", [(60, 60), (60, 64), (64, 60)])  # rows; some only pad
-@pytest.mark.parametrize("chunk", [7, 4, 1000])  # of 17 positions
+@pytest.mark.parametrize("chunk", [7, 1000])  # of 17 positions
 def test_loss_and_gradients_equal_autograd(monkeypatch, kind, family, tied, heads, chunk):
     monkeypatch.setattr(opsdc, "CHUNK", chunk)
     models = [tiny_model(family, n, tie_word_embeddings=tied, vocab_size=n) for n in heads]
@@ -468,6 +442,8 @@ def test_families_train_in_fp32_as_on_full_logits(group, tmp_path, kind):
     paths = [tmp_path / str(seed) for seed in (1, 2)]
     for seed, path in enumerate(paths):
         tiny_model(kind, seed, **FAMILIES[kind]).to(stored).save_pretrained(path)
+        if kind == "llama":  # its head is its own, whatever its config says
+            change(path / "config.json", {"tie_word_embeddings": True})
     student, teacher = (opsdc.shard(opsdc.load_model(str(p)), opsdc.Config()) for p in paths)
     loss, _ = opsdc.distillation_loss(student, teacher, TRIPLES, "reverse_kl", 5)
     loss.backward()
@@ -486,8 +462,9 @@ def test_families_train_in_fp32_as_on_full_logits(group, tmp_path, kind):
     copy = opsdc.load_model(str(paths[1]), "float32")
     opsdc.copy_to_sampler(teacher, copy)  # a copy of a copy, and from disk
     copy.save_pretrained(tmp_path / "saved")
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
-    close(saved, plain.state_dict(), atol=0, rtol=0)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    close(saved.state_dict(), plain.state_dict(), atol=0, rtol=0)
+    assert saved.config.tie_word_embeddings is (kind == "gemma3_text")
 
 
 @pytest.mark.parametrize("kind, options, lost", UNUSABLE)
@@ -497,7 +474,7 @@ def test_more_than_a_head_and_lost_weights_are_refused(tmp_path, kind, options, 
         torch.nn.init.constant_(model.lm_head.bias, options["bias"])
     weights = model.state_dict()
     if isinstance(lost, float):
-        message = "its logits are not finite: its weights are broken"
+        message = "or not finite"
         weights["model.layers.1.mlp.up_proj.weight"][3, 4] = lost
     elif lost is not None:
         message = "is missing"  # and would be drawn at random
@@ -507,13 +484,15 @@ def test_more_than_a_head_and_lost_weights_are_refused(tmp_path, kind, options, 
         opsdc.load_model(str(tmp_path), "bfloat16" if kind == "granite" else "float32")
 
 
-@pytest.mark.skipif(os.sysconf("SC_AVPHYS_PAGES") < 10**6, reason="needs 4 GB")
-def test_norms_of_large_gradients_are_right(group):
-    """torch's own fp32 norm of 2**28 numbers on a CPU is 4% too low."""
-    piece = torch.randn(2**20)
-    weight = SimpleNamespace(grad=SimpleNamespace(to_local=lambda: piece.repeat(256)))
-    norm = opsdc.clip_gradients(SimpleNamespace(parameters=lambda: [weight]), 1e9)
-    assert norm == pytest.approx(piece.double().norm().item() * 16, rel=1e-5)
+def test_norms_of_large_gradients_are_right_and_others_end_a_run(group):
+    """torch's own fp32 norm of so many equal numbers is far too low."""
+    numbers = torch.tensor([0.1]).expand(2**26)  # without their memory
+    weight = Mock(**{"grad.to_local.return_value.flatten.return_value": numbers})
+    student = Mock(**{"parameters.return_value": [weight]})
+    assert opsdc.clip_gradients(student, 1e9) == pytest.approx(0.1 * 2**13, rel=5e-3)
+    weight.grad.to_local.return_value.flatten.return_value = numbers * math.nan
+    with pytest.raises(SystemExit, match="not finite: look at model"):
+        opsdc.clip_gradients(student, 1e9)
 
 
 def record(options, program=opsdc):
@@ -536,14 +515,20 @@ def record(options, program=opsdc):
     return calls
 
 
-def test_a_run_is_algorithm_1_on_full_logits(tiny, tmp_path):
+def test_a_run_is_algorithm_1_on_full_logits(monkeypatch, tiny, tmp_path):
     """By torch.optim and torch.distributions, with the run's completions but this file's prompts.
     No option has its default; another seed gives another order and other samples."""
     assert all(value != getattr(opsdc.Config(), name) for name, value in OPTIONS.items())
     run, places = tmp_path / "run", {"model": tiny, "data": tiny / "data.jsonl"}
+    samplers, sizes, sample, loss = [], [], opsdc.rollout, opsdc.distillation_loss
+    monkeypatch.setattr(opsdc, "rollout", lambda *of: samplers.append(of[0]) or sample(*of))
+    held = lambda: sum(weight.numel() for weight in samplers[-1].parameters())  # noqa: E731
+    monkeypatch.setattr(opsdc, "distillation_loss", lambda *of: sizes.append(held()) or loss(*of))
     calls = record(OPTIONS | places | {"output_dir": run})
+    assert sizes == [0] * 10 and held() > 0  # the sampler's weights make room for the update
     (other,) = record(OPTIONS | places | {"seed": 8, "steps": 1, "output_dir": tmp_path / "other"})
-    x, x_c = ([TURN.format(c + p) for p in PROBLEMS[:-1]] for c in ("", "Answer in a word.\n\n"))
+    starts = "", "Answer in a word.\n\n"
+    x, x_c = ([TURN.format(c + p) + SILENT for p in PROBLEMS[:-1]] for c in starts)
     plain, told = (TOKENIZER(texts)["input_ids"] for texts in (x, x_c))
     student, teacher = (AutoModelForCausalLM.from_pretrained(tiny).eval() for _ in range(2))
     adamw = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.3)
@@ -580,16 +565,10 @@ def test_a_run_is_algorithm_1_on_full_logits(tiny, tmp_path):
     metrics = read_rows(run / "metrics.jsonl")
     keys = {*rows[0], "rollout_seconds", "update_seconds", "peak_gpu_gb"}
     assert all(row.keys() == keys for row in metrics)
-    for step in (1, 3, 5):  # the first, a saved one, the last: all four completions are kept
-        rows = read_rows(run / f"rollouts-{step}.jsonl")
-        means = [sum(row["divergence"]) / len(row["tokens"]) for row in rows]
-        assert sum(means) / 4 == pytest.approx(metrics[step - 1]["loss"], rel=1e-5)
     assert {path.name for path in run.glob("step-*")} == {"step-3"}
-    assert (run / "finished").read_bytes() == b""
+    written = json.loads((run / "run.json").read_text())
+    assert written["config"].items() >= OPTIONS.items()
     for directory in (run, run / "step-3"):
-        written = json.loads((directory / "run.json").read_text())
-        assert written["config"].items() >= OPTIONS.items()
-        assert written["versions"]["torch"] == torch.__version__
         shipped, saved = (GenerationConfig.from_pretrained(path) for path in (tiny, directory))
         assert saved.to_diff_dict() == shipped.to_diff_dict()
         assert AutoTokenizer.from_pretrained(directory).chat_template == TOKENIZER.chat_template
@@ -603,28 +582,21 @@ def small_run(tiny):
     return [*run, "--learning_rate=1e-3", "--rollout_batch_size=4", "--prompt=plain"]
 
 
-def test_two_ranks_equal_one_and_each_resumes_the_other(monkeypatch, small_run, tiny, tmp_path):
-    """Greedy by a tiny top_p; without it the ranks draw different samples of the same problem."""
-    monkeypatch.setenv("LC_ALL", "C")
+def test_two_ranks_equal_one_and_each_resumes_the_other(small_run, tmp_path):
+    """Greedy by a tiny top_p; without it the ranks draw different samples."""
     greedy = [*small_run, "--top_p=1e-6", "--steps=4", "--save_every=3", "--refresh_share=0.3"]
-    one, two = tmp_path / "one", tmp_path / "zwölf 二"
-    start(opsdc, *greedy, "--offload=True", f"--output_dir={one}")
-    torchrun(opsdc, *greedy, f"--output_dir={two}")
-    expected = outcome(one)
-    close(outcome(two), expected)
-    for ranks, directory in ((2, one), (1, two)):
-        before = read_rows(directory / "metrics.jsonl")
-        (directory / "finished").unlink()  # as if it had not come so far
-        start(opsdc, *greedy, f"--output_dir={directory}", "--resume", ranks=ranks)
-        after = read_rows(directory / "metrics.jsonl")
-        assert after[:3] == before[:3] and after[3] != before[3]  # by the times: one is redone
-        close(outcome(directory), expected)
-    data = write_rows(tmp_path / "data.jsonl", [{"problem": "Why?"}, {"problem": " Why?"}])
-    model, trim = shutil.copytree(tiny, tmp_path / "model"), ("content", "content | trim")
-    change(model / "chat_template.jinja", TOKENIZER.chat_template.replace(*trim))  # one prompt
-    run = [*small_run, f"--data={data}", f"--model={model}", f"--output_dir={tmp_path}/run"]
-    assert "--batch_size 1 is no multiple" in start(opsdc, *run, "--batch_size=1", ranks=2, code=2)
-    start(opsdc, *run, "--batch_size=2", ranks=2)
+    one, two = (f"--output_dir={tmp_path}/{name}" for name in ("one", "two"))
+    start(opsdc, *greedy, one, "--offload=True")
+    accidents = [(GENERATE, 2, INT)]  # of rank 1, of which rank 0 must learn
+    said = start(opsdc, *greedy, two, accidents=accidents, ranks=2, code=130)
+    assert said.count("\n") == 4 and said.endswith("step 2 is saved, --resume goes on\n"), said
+    start(opsdc, *greedy, two, "--resume")
+    expected = outcome(tmp_path / "one")
+    close(outcome(tmp_path / "two"), expected)
+    start(opsdc, *greedy, one, "--resume", ranks=2)
+    close(outcome(tmp_path / "one"), expected)
+    run = [*small_run, "--temperature=1e9", f"--output_dir={tmp_path}/run"]  # all tokens alike
+    start(opsdc, *run, "--batch_size=2", "--steps=4", "--save_every=0", ranks=2)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert any(row["completion_tokens"] % 1 for row in rows)  # equal samples: a whole mean
 
@@ -633,36 +605,42 @@ def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_p
     whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
     run = [*small_run, "--refresh_share=0.3"]
     start(opsdc, *run, f"--output_dir={whole}")
-    disturbances = [  # accidents at calls; exit code, words, newest checkpoint, rows of the log
-        ([(GENERATE, 2, KILL)], -9, "", 0, 1),
-        ([FULL], 1, "step-2 can't be saved", 0, 2),
-        ([("opsdc.clip_gradients", 3, KILL)], -9, "", 2, 2),
-        ([(GENERATE, 1, INT)], 130, "step 3 is saved", 3, 3),
-        ([(SAVE, 1, KILL)], -9, "", 3, 4),  # in the middle of saving step 4
-        ([("opsdc.dcp.save", 1, KILL)], -9, "", 3, 4),
-        ([("opsdc.distillation_loss", 4, TERM)], 130, "step 5 is saved", 5, 5),
-        ([(GENERATE, 1, INT), ("opsdc.clip_gradients", 1, INT)], -2, "", 5, 5),  # at once
-        ([("opsdc.refresh", 1, HUP), ("opsdc.refresh", 1, TERM)], 130, "step 6 is saved", 6, 6),
-        ([FULL], 1, "disturbed can't be saved", 6, 8),
-        ([(SAVE, 1, KILL)], -9, "", 6, 8),  # in the middle of saving the end
-        ([("opsdc.Tokenizer.save_pretrained", 2, KILL)], -9, "", 6, 8),
-        ([("opsdc.Path.touch", 1, KILL)], -9, "", 6, 8),
-        ([NOHUP, (GENERATE, 1, HUP)], 0, "", 6, 8),  # what it ignores stays ignored
+    disturbances = [  # steps, accidents at calls; exit code, words, newest checkpoint, logged rows
+        (8, [(GENERATE, 2, KILL)], -9, "", 0, 1),
+        (3, [], 0, "step 3:", 2, 3),  # finished, and extended by the next
+        (8, [(CLIP, 2, KILL)], -9, "", 2, 3),
+        (8, [("opsdc.open_log", 1, FULL)], 1, "", 2, 2),  # no room for a new run.json
+        (8, [(GENERATE, 1, INT)], 130, "step 3 is saved, --resume goes on", 3, 3),
+        (8, [("opsdc.Tokenizer.save_pretrained", 1, KILL)], -9, "", 3, 4),  # in saving step 4
+        (8, [("opsdc.distillation_loss", 4, TERM)], 130, "step 5 is saved, --resume", 5, 5),
+        (8, [(GENERATE, 1, INT), (CLIP, 1, INT)], -2, "", 5, 5),  # at once
+        (8, [(SAVE, 2, KILL)], -9, "", 6, 8),  # in saving the end
+        (8, [], 0, "step 8:", 6, 8),
     ]
     kept = {}
-    for accidents, code, words, newest, rows in disturbances:
-        assert not (disturbed / "finished").exists()
-        resume = [*run, f"--output_dir={disturbed}", "--resume"]
+    for steps, accidents, code, words, newest, rows in disturbances:
+        resume = [*run, f"--output_dir={disturbed}", "--resume", f"--steps={steps}"]
         said = start(opsdc, *resume, accidents=accidents, code=code)
-        assert words in said and "Traceback" not in said, said
-        assert code not in (1, 130) or "--resume goes on" in said
-        steps = {p.parent.name: contents(p.parent) for p in disturbed.glob("step-*/.metadata")}
-        assert max((int(name[5:]) for name in steps), default=0) == newest
-        assert steps.items() >= kept.items() and all("run.json" in step for step in steps.values())
+        assert words in said and (code == 1 or "Traceback" not in said), said
+        saved = {p.parent.name: contents(p.parent) for p in disturbed.glob("step-*/.metadata")}
+        assert max((int(name[5:]) for name in saved), default=0) == newest
+        assert saved.items() >= kept.items() and json.loads((disturbed / "run.json").read_text())
         assert len(read_rows(disturbed / "metrics.jsonl")) == rows
-        kept = steps
-    assert (disturbed / "finished").exists()
+        kept = saved
     close(outcome(disturbed), outcome(whole), atol=0, rtol=0)
+
+
+def test_a_run_prints_how_many_problems_it_has_and_a_line_for_each_step(tmp_path):
+    """A real process; its bars are for terminals. No warning of a library is beside its lines."""
+    out = tmp_path / "zwölf 二"
+    command = [sys.executable, "opsdc.py", "@toy/args", "--steps=1", f"--output_dir={out}"]
+    command += ["--batch_size=2", "--max_new_tokens=99", "--data=toy/test.jsonl"]
+    options = {"cwd": HERE, "env": os.environ | {"LC_ALL": "C"}, "text": True}
+    run = subprocess.run(command, capture_output=True, **options)
+    (row,) = read_rows(out / "metrics.jsonl")
+    step = "step 1: loss {loss:.4f}, {completion_tokens:.1f} tokens, {truncated:.0%} cut"
+    lines = ["300 of 300 problems are within --max_prompt_tokens", step.format(**row)]
+    assert (run.returncode, run.stderr, run.stdout.splitlines()) == (0, "", lines)
 
 
 def test_every_rollout_ends_at_a_stop_id_of_model_teacher_or_tokenizer(tmp_path):
@@ -672,7 +650,7 @@ def test_every_rollout_ends_at_a_stop_id_of_model_teacher_or_tokenizer(tmp_path)
     change(model / "generation_config.json", json.dumps(shipped))
     other, same = (shutil.copytree(path, tmp_path / path.name) for path in (TOY / "teacher", TOY))
     change(other / "generation_config.json", {"eos_token_id": [7]})
-    flags = {"model": model, "data": TOY / "train.jsonl", "output_dir": run, "save_every": 1}
+    flags = {"model": model, "data": TOY / "test.jsonl", "output_dir": run, "save_every": 1}
     flags |= {"batch_size": 4, "steps": 2, "max_new_tokens": 256, "refresh_every": 0}
     teachers = {}, {"teacher": other}, {"teacher": same, "instruction": "none"}
     for teacher, stops in zip(teachers, ([0, 2], [0, 7, 2], [0, 2]), strict=True):
@@ -692,14 +670,13 @@ def test_a_part_of_a_checkpoint_trains_and_says_so(tiny, small_run, tmp_path):
     model = tiny_model("qwen3_moe", vocab_size=821, **MIXTURE)
     path = shutil.copytree(tiny, tmp_path / "model")
     model.save_pretrained(path, state_dict=model.state_dict() | {"model.visual.x": torch.ones(2)})
-    run = [*small_run, f"--model={path}", "--steps=2", f"--output_dir={tmp_path}/run"]
-    line, *steps = start(opsdc, *run, "--dtype=bfloat16").strip().splitlines()
-    assert str(path) in line and "model.visual.x" in line
-    assert [step[:7] for step in steps] == ["step 1:", "step 2:"]
+    run = [*small_run, f"--model={path}", "--steps=1", f"--output_dir={tmp_path}/run"]
+    said = start(opsdc, *run, "--dtype=bfloat16")
+    assert str(path) in said and "model.visual.x" in said and "step 1:" in said
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run")
 
 
-def test_only_an_unfinished_run_of_its_kind_is_resumed(monkeypatch, small_run, tiny, tmp_path):
+def test_only_a_run_of_its_kind_is_resumed(monkeypatch, small_run, tiny, tmp_path):
     model = shutil.copytree(tiny, tmp_path / "model")
     change(model / "chat_template.jinja", "{{ strftime_now('%Y') }}" + TOKENIZER.chat_template)
     data = model / "data.jsonl"
@@ -707,47 +684,36 @@ def test_only_an_unfinished_run_of_its_kind_is_resumed(monkeypatch, small_run, t
     monkeypatch.setenv("HOME", str(tmp_path))
     call(opsdc, *run, "--output_dir=~/run")  # ~ is the home directory
     out, resume = tmp_path / "run", [*run, f"--output_dir={tmp_path}/run", "--resume"]
-    refused(opsdc, resume, "finished run", out)
-    (out / "finished").unlink()
-    refused(opsdc, resume[:-1], "not empty", out)
-    refused(opsdc, [*resume, "--temperature=0.9"], "--temperature 1.0", out)
-    refused(opsdc, [*resume, "--steps=1"], "2 steps are done", out)
-    config = json.loads((out / "run.json").read_text())["config"]
-    old = {name: value for name, value in config.items() if name != "prompt"}
-    newest, shards = out / "step-2" / ".metadata", out / "step-2" / "__0_0.distcp"
-    goes_on = f"{newest.parent} can't be used, remove it to go on from an older one"
-    for file, new, message in (
-        (out / "run.json", "{", "run.json"),
-        (out / "run.json", "", "run.json"),
-        (out / "run.json", {"config": config | {"x": 1}}, "--x 1"),
-        (out / "run.json", {"config": old}, "--prompt paper"),  # what it lacks was the default
-        (data, data.read_text() + '{"problem": "Why not?"}', "other prompts"),
-        (model / "chat_template.jinja", TOKENIZER.chat_template, "other prompts"),
-        (shards, "", goes_on),
-        (shards, shards.read_bytes()[: shards.stat().st_size // 2], goes_on),
-        (newest, "", goes_on),
-        (newest, newest.read_bytes()[:-99], goes_on),
+    flags, rows = "--batch_size 4 --max_new_tokens 12: repeat its flags", data.read_text()
+    for options, file, new, message in (
+        (["--resume=False"], out / "none", None, "not empty"),
+        (["--batch_size=2", "--max_new_tokens=9"], out / "none", None, f"a run with {flags}"),
+        (["--steps=2"], out / "none", None, "3 steps of"),
+        ([], out / "run.json", "{", "run.json can't be used"),
+        ([], data, rows + '{"problem": "Why not?"}', "other prompts"),
+        ([], model / "chat_template.jinja", TOKENIZER.chat_template, "other prompts"),
     ):
+        with monkeypatch.context() as patch:
+            patch.setattr(opsdc, "load_model", Mock(side_effect=AssertionError("too late")))
+            good = change(file, new)
+            refused(opsdc, [*resume, *options], message, out)
+            change(file, good)
+    newest, shards = out / "step-2" / ".metadata", out / "step-2" / "__0_0.distcp"
+    half, cut = shards.read_bytes()[: shards.stat().st_size // 2], newest.read_bytes()[:-99]
+    before = contents(out)
+    for file, new in ((shards, ""), (shards, half), (newest, ""), (newest, cut)):
         good = change(file, new)
-        refused(opsdc, resume, message, out)
-        if message == goes_on:  # torch says nothing beside it
-            assert start(opsdc, *resume, code=2).count("\n") == 1
+        said = start(opsdc, *resume, code=2)  # torch says nothing beside it
+        message = f"opsdc.py: error: {newest.parent} is broken: remove it to go on from an older"
+        assert message in said and said.count("\n") == 2, said
         change(file, good)
-    newest.unlink()  # as if saving had been cut short
-    day, before = Mock(), read_rows(out / "metrics.jsonl")
+    assert contents(out) == before
+    day = Mock()
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", day)  # another one
     call(opsdc, *resume, "--steps=4", "--save_every=0")
-    assert day.now.called
-    after = read_rows(out / "metrics.jsonl")
-    assert [row["step"] for row in after] == [1, 2, 3, 4]
-    assert before[0] == after[0] and before[1] != after[1]  # by the times: step 2 is redone
-
-
-def test_a_gpu_without_bf16_is_refused(monkeypatch):
-    monkeypatch.setattr(opsdc, "CUDA", True)
-    monkeypatch.setattr(torch, "cuda", Mock(**{"is_bf16_supported.return_value": False}))
-    with pytest.raises(ValueError, match="no bf16"):
-        opsdc.start_ranks("bfloat16")
+    assert day.now.called and len(read_rows(out / "metrics.jsonl")) == 4
+    [shutil.rmtree(step) for step in out.glob("step-*")]
+    refused(opsdc, [*resume, "--steps=5"], "is finished, without a step-N to go on from", out)
 
 
 # ---- eval.py -------------------------------------------------------------------------------------
@@ -1126,61 +1092,52 @@ def test_another_evaluation_in_the_same_place_is_refused(asked, tmp_path):
         refused(evaluation, run, "is in use by another evaluation", out)
 
 
-def test_an_error_ends_a_run_with_one_line_and_no_update(monkeypatch, small_run, tmp_path):
-    full_disk = Mock(side_effect=OSError(28, "No space left on device", "metrics.jsonl"))
-    broken = Mock(side_effect=lambda states, head: states @ head.T * math.nan)
-    monkeypatch.setattr(torch.optim.AdamW, "step", Mock(side_effect=AssertionError("an update")))
-    for name, instead, message in (
-        ("clip_gradients", full_disk, "No space left on device.*--resume goes on"),
-        ("project", broken, "not finite: look at model"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(opsdc, name, instead)
-            err = call(opsdc, *small_run, f"--output_dir={tmp_path}/{name}", code=1)
-        assert re.search(message, err.strip().splitlines()[-1]), err
-        assert not (tmp_path / name / "model.safetensors").exists()
-
-
 # ---- Faults: what becomes of a file, as JSON, or is said; and what the one line says -------------
 MODEL = table(r"""chat_template.jinja => null => chat_template is not set
     chat_template.jinja => "Why?" => equal prompts | model.safetensors => "" => deserializing
     config.json => "{" => not a valid JSON | config.json => {"model_type": "t5"} => T5Config
-    config.json => {"hidden_size": 64} => embed_tokens.weight'] is missing or has another shape
-    config.json => {"quantization_config": {"quant_method": "fp8"}} => weights are quantized
+    config.json => {"hidden_size": 64} => mismatched_sizes | adapter_config.json => "{}" => merge
+    config.json => {"num_hidden_layers": 1, "layer_types": null} => weight ['model.layers.1.
     config.json => {"model_type": "x", "auto_map": {"AutoConfig": "own.X"}} => model can't be used
-    generation_config.json => {"eos_token_id": [1, 821]} => its stop ids [1, 821, 2]
-    model.safetensors => null => no file named model.safetensors
-    tokenizer_config.json => {"extra_special_tokens": ["assistant\n"]} => lacks tokens of its
-    tokenizer_config.json => {"backend_tokenizer": 1} => not JSON serializable""")
+    generation_config.json => {"eos_token_id": [1, 821]} => [1, 821, ... no tokens from 0 to 820
+    generation_config.json => {"eos_token_id": -1} => the stop ids are [-1, ... which are no tokens
+    generation_config.json => {"eos_token_id": "2"} => the stop ids are ['2', ... are no tokens
+    generation_config.json => {"eos_token_id": [[1]]} => the stop ids are [[1], ... are no tokens
+    model.safetensors => null => no file named model.safetensors""")
 FAULTS = [(opsdc, "", f"model/{file}", json.loads(new), said) for file, new, said in MODEL]
+BITS = {"quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear"}}
+FAULTS += [(opsdc, "", "model/config.json", BITS, "its weights are quantized")]
 TEACHER, WORDS = "--teacher=toy --refresh_every=0", {"extra_special_tokens": ["another"]}
-FAULTS += [(opsdc, TEACHER, "model/tokenizer_config.json", WORDS, "of toy has other words than")]
-DATA = table(r"""[1, 2] => row 1 ... its columns are [], without a problem | {"prompt": []} => row 1
-    {"problem": null} => row 1 | {"text": "", "id": 1} => row 1 ... its columns are ['text', 'id']
-    {"problem": "a"}¶{"problem": " "} => row 2 ... ends with a text of the user | => has no rows
-    {"problem": "\udcff"} => row 1 ... surrogate | {"prompt": [1]} => row 1 ... ['prompt']
-    {"problem": 7} => row 1 ... ['problem'] | {"problem": "a"}¶{"problem": "b¶ => line 2
+FAULTS += [(opsdc, TEACHER, "model/tokenizer_config.json", WORDS, "toy has another vocabulary")]
+DATA = table(r"""[1, 2] => row 1 | {"text": "", "id": 1} => row 1 ... columns are ['text', 'id']
+    {"problem": "a"}¶{"problem": " "} => row 2 ... ends with a text of the user | => 0 of 0
+    {"problem": "\udcff"} => row 1 | {"prompt": [1]} => row 1 | {"problem": 7} => row 1
+    {"prompt": []} => row 1 ... ['prompt'] | {"problem": "a"}¶¶{"problem": "b¶ => line 2
     {"prompt": [{"role": "system", "content": "a"}]} => row 1 ... ends with a text of the user
-    {"prompt": [{"role": "user", "content": [{"type": "image"}]}]} => row 1 ... not made of texts
+    {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]} => row 1
+    {"problem": "[{\"role\": \"user\", \"content\": \"a\"}]"} => row 1 ... turned into a text
+    {"problem": " [ {'content': 'a', 'role': 'user'}]"} => row 1 ... turned into a text
     {"prompt": [{"role": "", "content": "\udcff"}, {"role": "user", "content": "a"}]} => row 1""")
 DATA = [(row, f"data.jsonl ... {said}") for row, said in DATA]
 FAULTS += [(opsdc, "", "model/data.jsonl", *row) for row in [*DATA, (b'"\xe9"', "utf-8")]]
 VALUES = "steps=0 steps=many micro_batch_size=-1 learning_rate=1e9 learning_rate=nan prompt=poem "
-VALUES += "weight_decay=-1 max_grad_norm=0 refresh_share=0 refresh_share=1.1 top_p=1.5 "
-VALUES += "temperature=0 seed=99999999999 divergence=kl instruction=v3 instruction=percent:100 "
-VALUES += "instruction= rate=1 batch_size=11 max_new_tokens=40000 max_prompt_tokens=3 output_dir="
+VALUES += "weight_decay=-1 max_grad_norm=0 refresh_share=0 refresh_share=1.1 top_p=1.5 seed=-1 "
+VALUES += "temperature=0 seed=99999999999 divergence=kl instruction=v3 instruction= rate=1 "
+VALUES += "batch_size=11 max_new_tokens=40000 max_prompt_tokens=3 output_dir= thinking=maybe "
 WORDS = table("""--data=Nobody/None => Nobody/None can't | --model=Nobody/None => Nobody/None can't
-    --data={tmp}/no.jsonl => no.jsonl ... No such file | --data={tmp}/no => /no ... no such file
-    --data=toy/args => toy/args ... ends in none of .jsonl | --seed=-1 => must be at least 0
-    --data={tmp}/empty.parquet => empty.parquet can't | --instruction=none => equal prompts
-    @{tmp}/no => No such file | @{tmp}/model/model.safetensors => utf-8 | RANK=1 => error
-    --output_dir={tmp}/empty.parquet => empty.parquet | RANK=0 WORLD_SIZE=0 => error
-    --output_dir={tmp}/empty.parquet/a => empty.parquet | WORLD_SIZE=0 => error
-    --output_dir={tmp}/model => not empty | --teacher={tmp}/no --refresh_every=0 => no such file
-    --teacher=toy => --refresh_every 0 | --refresh_share=0.1 --refresh_every=0 => --refresh_share
-    --teacher={tmp}/model --instruction=none --refresh_every=0 => nothing to learn""")
+    --data={tmp}/no.jsonl => no.jsonl ... No such file | --data={tmp}/no => /no can't
+    --data=toy/args => toy/args can't ... only .jsonl | --data={tmp}/x => /x can't be used
+    --data={tmp}/x[1] => x[1] can't ... brackets | --data={tmp}/model => names don't match
+    --data={tmp}/x/a.parquet => a.parquet can't be used | --instruction=none => equal prompts
+    --output_dir={tmp}/model/data.jsonl => data.jsonl is a file | @{tmp}/no => No such file
+    --output_dir={tmp}/model/data.jsonl/a => data.jsonl is a file
+    --output_dir={tmp}/model => not empty | --model=toy --thinking=on => --thinking on
+    --teacher=toy => --refresh_every 0 | --teacher={tmp}/no --refresh_every=0 => /no can't
+    --teacher={tmp}/model --instruction=none --refresh_every=0 => equal prompts
+    --teacher={tmp}/x/../model --instruction=none --refresh_every=0 => equal prompts""")
 WORDS += [(f"--{value}", f"--{value.split('=')[0]}") for value in VALUES.split()]
-FAULTS += [(opsdc, words, "empty.parquet", "", message) for words, message in WORDS]
+FAULTS += [(opsdc, words, "x/no", None, message) for words, message in WORDS]
+FAULTS += [(opsdc, "--data={tmp}/a.parquet", "a.parquet", "", "a.parquet can't be used")]
 DATA = table("""{"problem": "a", "answer": null} => ['problem', 'answer'], without answer, final_a
     {"problem": "a", "answer": "####"} => answer is '####' | {"text": "a"} => columns are ['text']
     {"problem": "a", "answer": 1}¶{"problem": "b", "answer": NaN} => row 2 can't be used: answer

@@ -14,6 +14,7 @@ from test_opsdc import (
     OPTIONS,
     PROBLEMS,
     SAMPLING,
+    SILENT,
     TOKENIZER,
     TOY,
     TURN,
@@ -57,17 +58,17 @@ def test_the_loss_is_taken_on_what_the_teacher_makes_of_the_rollouts(tiny, other
         assert sorted(settings["eos_token_id"]) == [*range(300)]
     opening, closing = TURN.split("{}")
     texts = TOKENIZER.batch_decode(sampled.prompts)
-    problems = [p for text in texts for p in PROBLEMS if text == TURN.format(p)]
+    problems = [p for text in texts for p in PROBLEMS if text == TURN.format(p) + SILENT]
     solutions = TOKENIZER.batch_decode(sampled.completions, skip_special_tokens=True)
     for prompt, *parts in zip(rewritten.prompts, problems, solutions, strict=True):
         text = TOKENIZER.decode(prompt)
         assert text.startswith(opening + "\n\nHere is a solution:\n\n".join(parts) + "\n\n")
-        assert "concisely" in text and "every step" in text and text.endswith(closing)
+        assert "concisely" in text and "every step" in text and text.endswith(closing + SILENT)
     pairs = list(zip(sampled.completions, rewritten.completions, strict=True))
     trained = [min(pair, key=len) for pair in pairs]  # the first, if both are as long
     assert trained not in (sampled.completions, rewritten.completions)
     starts = "", "Answer in a word.\n\n"
-    sides = [[TOKENIZER(TURN.format(c + p))["input_ids"] for p in problems] for c in starts]
+    sides = [[TOKENIZER.encode(TURN.format(c + p) + SILENT) for p in problems] for c in starts]
     means = by_the_book(student, teacher, list(zip(*sides, trained, strict=True)), "jsd")
     (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
     close(row["loss"], means[0].item())
@@ -80,14 +81,14 @@ def test_the_loss_is_taken_on_what_the_teacher_makes_of_the_rollouts(tiny, other
 def test_a_rewrite_that_is_empty_no_shorter_or_of_another_form_leaves_the_rollout(monkeypatch):
     tokenizer, end = AutoTokenizer.from_pretrained(TOY), 2
     space, thought = (TOKENIZER(text)["input_ids"][0] for text in (" ", "</think>"))
-    tokenizer.chat_template = TOKENIZER.chat_template + "{{ 'silent' if enable_thinking is false }}"
+    tokenizer.chat_template = TOKENIZER.chat_template
     old, prompts = [[7, 8, 9, end]] * 6 + [[thought, 8, 9, end]] * 2 + [[7, 8, 9]], []
     new = [[7, end], [end], [space, end], old[0], [7] * 5, [7, 8, 9], [thought, 8, end], [8, end]]
     new.append([len(tokenizer), 7])  # a row of the head that stands for no token
     monkeypatch.setattr(mpd.opsdc, "rollout", lambda _, asked, __: prompts.extend(asked) or new)
     found = mpd.rewrite(None, tokenizer, [user("?")] * 9, old, 32)
     assert found == [new[0], *old[1:5], *new[5:7], *old[7:]]
-    assert all(tokenizer.decode(prompt).endswith("silent") for prompt in prompts)  # not to think
+    assert all(tokenizer.decode(prompt).endswith(SILENT) for prompt in prompts)  # not to think
 
 
 REWRITING = "--teacher={other} --refresh_every=0", "--refresh_share=0.3 --refresh_every=1"
@@ -104,7 +105,7 @@ def test_mixed_policy_holds_on_two_ranks_and_after_a_kill(flags, other, small_ru
     start(mpd, *resume)
     close(outcome(killed), outcome(whole), atol=0, rtol=0)
     start(mpd, *run, f"--output_dir={two}", ranks=2)
-    close(outcome(two), outcome(whole))
+    close(outcome(two), outcome(whole), atol=1e-4)  # a tenth of one update by AdamW
     log, *others = (read_rows(path / "rewrites.jsonl") for path in (whole, killed, two))
     assert [row["step"] for row in log] == [1, 2, 3, 4] and others == [log, log]
 
