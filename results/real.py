@@ -47,8 +47,8 @@ def write_data(directory: Path) -> None:
 
 
 def keep(run: Path, evaluation: Path) -> None:
-    """Copies log and summary into results/real under the run's name; draws the first test problem
-    that base and trained model both get right."""
+    """Copies log and summary into results/real under the run's name. Draws a test problem that base
+    and trained model both get right, the one where both lengths are nearest to their means."""
     from study import draw_tokens
 
     import opsdc
@@ -64,21 +64,22 @@ def keep(run: Path, evaluation: Path) -> None:
     rows = rows[rows["sample"] == 0].set_index("id")
     base, *_, trained = [name for name, _ in settings["candidates"]]
     before, after = (rows[rows.model == name].loc[[*problems]] for name in (base, trained))
-    first = before.index[before.final & after.final][0]
+    far = sum((side.tokens - side.tokens.mean()).abs() for side in (before, after))
+    shown = far[before.final & after.final].idxmin()
     tokenizer = opsdc.load_tokenizer(base)
     scorer = opsdc.Scorer(opsdc.load_model(base, "float32"))
-    pair = opsdc.prompt_pair(problems[first]["chat"], config["instruction"], config["prompt"])
-    completion = tokenizer(before.response[first] + tokenizer.eos_token).input_ids
+    pair = opsdc.prompt_pair(problems[shown]["chat"], config["instruction"], config["prompt"])
+    completion = tokenizer(before.response[shown] + tokenizer.eos_token).input_ids
     triple = (*opsdc.encode_chats(tokenizer, [*pair], "template"), completion)
     _, (statistics,) = opsdc.distillation_loss(scorer, scorer, [triple], config["divergence"], 1)
     tokens = [tokenizer.decode([token]) for token in completion[:-1]]
-    answer = [tokenizer.decode([token]) for token in tokenizer(after.response[first]).input_ids]
+    answer = [tokenizer.decode([token]) for token in tokenizer(after.response[shown]).input_ids]
     columns = [(tokens, statistics["loss"].tolist()[:-1]), (answer, [0.0] * len(answer))]
     draw_tokens(columns, 46, REAL / f"{run.name}.png")
 
 
 def read_summaries(files: list[str]) -> pd.DataFrame:
-    """Tokens and number of right answers by model (base, prompted, "10", "20", ... steps) and
+    """Tokens and right answers, summed, by model (base, prompted, "10", "20", ... steps) and
     numbers in the sum, over the 128 test and 72 validation sums."""
     rows = pd.concat(pd.read_json(REAL / file) for file in files)
     rows = rows[rows["level"] != "all"].astype({"level": int})
@@ -89,8 +90,9 @@ def read_summaries(files: list[str]) -> pd.DataFrame:
     rows["name"] = step.where(rows.prompt == "student", PROMPTED)
     rows["right"] = rows.final * rows.problems
     rows["tokens"] = rows.tokens * rows.problems
-    sums = rows.groupby(["name", "level"], sort=False)[["tokens", "right", "problems"]].sum()
-    return sums.reset_index()
+    sums = rows.groupby(["name", "level"])[["tokens", "right", "problems"]].sum().reset_index()
+    whole = sums.groupby("name").problems.transform("sum") == 200  # evaluated on all of them
+    return sums[whole]
 
 
 def means(rows: pd.DataFrame) -> tuple[float, float, tuple[float, float]]:
@@ -108,13 +110,14 @@ def refresh() -> None:
 
     runs = {name: read_summaries(files) for name, files in RUNS.items()}
     figure, axes = plt.subplots(figsize=(7.4, 4.2))
-    for (name, rows), color in zip(runs.items(), (GREY, BLUE, RED), strict=True):
+    looks = zip((GREY, BLUE, RED), ((2, -12), (4, 5), (4, -12)), strict=True)
+    for (name, rows), (color, place) in zip(runs.items(), looks, strict=True):
         steps = sorted((n for n in rows.name.unique() if n.isdigit()), key=int)
         points = [means(rows[rows.name == step]) for step in steps]
         tokens, right = [p[0] for p in points], [p[1] for p in points]
         axes.plot(tokens, right, color=color, marker="o", markersize=4, label=name)
         for x, y, step in zip(tokens, right, steps, strict=True):
-            axes.annotate(step, (x, y), (3, 4), textcoords="offset points", color=color)
+            axes.annotate(step, (x, y), place, textcoords="offset points", color=color)
         low, high = points[-1][2]
         axes.plot([tokens[-1]] * 2, [low, high], color=color, linewidth=0.8)
     marks = {BASE: ("*", "base"), PROMPTED: ("P", "base, told to be brief")}
@@ -122,14 +125,15 @@ def refresh() -> None:
         x, y, (low, high) = means(runs["frozen"][runs["frozen"].name == name])
         axes.plot([x], [y], color="black", marker=marker, markersize=9, linestyle="", label=label)
         axes.plot([x] * 2, [low, high], color="black", linewidth=0.8)
-    axes.set(xlabel="tokens per answer", ylabel="right, %")
+    axes.set(xlabel="tokens per answer (fewer: left)", ylabel="right, %")
     axes.set_title("200 sums; numbers: steps of training; bars: 95%", fontsize=10)
     axes.legend()
     figure.savefig(REAL / "refresh.png", facecolor="white", dpi=150)
 
     shown = {BASE: ("frozen", BASE), PROMPTED: ("frozen", PROMPTED)}
     for name, rows in runs.items():
-        shown |= {f"{name}, {s} steps": (name, s) for s in rows.name.unique() if s.isdigit()}
+        steps = sorted((n for n in rows.name.unique() if n.isdigit()), key=int)
+        shown |= {f"{name}, {step} steps": (name, step) for step in steps}
     print("| | tokens | right, % | 2 numbers | 3 numbers | 4 numbers |\n|" + " --- |" * 6)
     for label, (run, name) in shown.items():
         rows = runs[run][runs[run].name == name]
