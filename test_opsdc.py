@@ -186,30 +186,29 @@ CLIP, FULL = "opsdc.clip_gradients", partial(resource.setrlimit, resource.RLIMIT
 
 
 def start(program, *arguments, accidents=(), ranks=1, code=0):
-    """Runs a program, whose rank 0 must end with `code`, in new processes; returns its output."""
+    """Runs a program, whose rank 0 must end with `code`, in new processes; returns all output."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as directory:
-        outputs = [Path(directory, str(rank)) for rank in range(ranks)]
-        options = program.__name__, [*map(str, arguments)], accidents, ranks, port
-        processes = [SERVER.Process(target=run_program, args=(o, *options)) for o in outputs]
+    with tempfile.NamedTemporaryFile("r") as output:
+        options = ranks, port, output.name, accidents, program.__name__, [*map(str, arguments)]
+        processes = [SERVER.Process(target=run_program, args=(r, *options)) for r in range(ranks)]
         [process.start() for process in processes]
         [process.join() for process in processes]
-        said = outputs[0].read_text()
+        said = output.read()
     assert processes[0].exitcode == code, said
     return said
 
 
-def run_program(output, name, arguments, accidents, ranks, port):
-    descriptor = os.open(output, os.O_CREAT | os.O_WRONLY)
+def run_program(rank, ranks, port, output, accidents, name, arguments):
+    descriptor = os.open(output, os.O_APPEND | os.O_WRONLY)
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
     if ranks > 1:
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        os.environ |= {"RANK": output.name, "WORLD_SIZE": str(ranks)}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     logging.disable(logging.NOTSET)
     for number in (INT, TERM):  # which what runs the tests may ignore
         signal.signal(number, signal.SIG_DFL)
-    for accident in accidents if int(output.name) == ranks - 1 else ():  # on the last rank
+    for accident in accidents if rank == ranks - 1 else ():  # on the last rank
         happen_before(*accident)
     sys.argv = [name, *arguments]
     pkgutil.resolve_name(name).main()
@@ -226,13 +225,6 @@ def happen_before(name, number, accident):
         return function(*arguments, **options)
 
     setattr(pkgutil.resolve_name(owner), name, wrapped)
-
-
-def torchrun(program, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [program.__file__, *map(str, arguments)]
-    run = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
 
 
 def outcome(output_dir):
@@ -265,11 +257,14 @@ def test_prompts_and_defaults_are_the_papers(instruction):
 
 def test_problems_and_answers_are_read_as_written_from_files_of_every_kind(tmp_path):
     text, turns = "What is $1+1$?\u2028 ", [{"role": "system", "content": "Hm."}, *user("1+1?")]
-    forms = [  # rows, chats, answers as texts
-        ({"problem": text, "prompt": "no", "answer": 0.5}, user(text), "0.5"),
-        ({"problem": text, "answer": "2024-01-31", "level": 3}, user(text), "2024-01-31"),
-        ({"question": text, "answer": "6 * 12 = <<6*12=72>>72.\n#### 72"}, user(text), "72"),
-        ({"question": text, "answer": "#### 1,000"}, user(text), "1,000"),
+    answers = [({"answer": 0.5}, "0.5"), ({"answer": "2024-01-31", "level": 3}, "2024-01-31")]
+    answers += [({"answer": "6 * 12 = <<6*12=72>>72.\n#### 72"}, "72")]
+    answers += [({"final_answer": 5}, "5"), ({"expected_answer": "5", "reward_model": None}, "5")]
+    answers += [({"answer": ["5"], "solution": "6"}, "5"), ({"answer": "[0,1]"}, "[0,1]")]
+    answers += [({"answer": None, "reward_model": {"ground_truth": '["5"]'}}, "5")]
+    answers += [({"answer": "#### 1,000"}, "1,000"), ({"answer": r"\text{It is}"}, r"\text{It is}")]
+    forms = [({"problem": text} | columns, user(text), answer) for columns, answer in answers]
+    forms += [
         ({"prompt": turns, "reward_model": {"ground_truth": "1/2"}}, turns, "1/2"),
         ({"problem": None, "question": "7 + 8?", "prompt": "", "answer": 15}, user("7 + 8?"), "15"),
         ({"prompt": turns, "answer": int("123456789" * 4)}, turns, "123456789" * 4),
@@ -404,12 +399,6 @@ OPTIONS |= {"max_grad_norm": 0.25, "max_prompt_tokens": 100, "thinking": "off"}
 SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 0, "max_new_tokens": 5, "do_sample": True}
 
 
-def gradients_of(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
 @pytest.mark.parametrize("family, tied", [("qwen3", True), ("llama", False)])
 @pytest.mark.parametrize("heads", [(60, 60), (60, 64), (64, 60)])  # rows; some only pad
@@ -417,23 +406,22 @@ def gradients_of(model, loss):
 def test_loss_and_gradients_equal_autograd(monkeypatch, kind, family, tied, heads, chunk):
     monkeypatch.setattr(opsdc, "CHUNK", chunk)
     models = [tiny_model(family, n, tie_word_embeddings=tied, vocab_size=n) for n in heads]
-    scorers = [opsdc.Scorer(model) for model in models]
+    scorers, weights = [opsdc.Scorer(model) for model in models], [*models[0].parameters()]
     loss, statistics = opsdc.distillation_loss(*scorers, TRIPLES, kind, 5)
-    gradients = gradients_of(models[0], loss * 3)
+    gradients = torch.autograd.grad(loss * 3, weights)
     for of_tokens, triple in zip(statistics, TRIPLES, strict=True):
         assert all(of_tokens[name].shape == (len(triple[-1]),) for name in STATISTICS)
         means = torch.stack([of_tokens[name].mean() for name in STATISTICS])
         close(means, by_the_book(*models, [triple], kind).detach())
     expected = by_the_book(*models, TRIPLES, kind)[0]
-    close((loss, gradients), (expected, gradients_of(models[0], expected * 3)), rtol=1e-4)
-    assert ("lm_head.weight" in gradients) is not tied
+    close((loss, gradients), (expected, torch.autograd.grad(expected * 3, weights)), rtol=1e-4)
     halves = (opsdc.distillation_loss(*scorers, t, kind, 5) for t in (TRIPLES[:2], TRIPLES[2:]))
     total = sum(loss for loss, _ in halves)  # micro-batches add up
-    close(gradients_of(models[0], total * 3), gradients, rtol=1e-4)
+    close(torch.autograd.grad(total * 3, weights), gradients, rtol=1e-4)
     same = list(zip(X, X, Y, strict=True))
     loss, _ = opsdc.distillation_loss(scorers[0], scorers[0], same, kind, 5)
     assert loss.item() == pytest.approx(0, abs=1e-6)
-    assert max(g.abs().max() for g in gradients_of(models[0], loss).values()) < 1e-5
+    assert max(g.abs().max() for g in torch.autograd.grad(loss, weights)) < 1e-5
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -441,7 +429,9 @@ def test_families_train_in_fp32_as_on_full_logits(group, tmp_path, kind):
     stored = torch.bfloat16 if kind == "mixtral" else torch.float32
     paths = [tmp_path / str(seed) for seed in (1, 2)]
     for seed, path in enumerate(paths):
-        tiny_model(kind, seed, **FAMILIES[kind]).to(stored).save_pretrained(path)
+        model = tiny_model(kind, seed, **FAMILIES[kind]).to(stored)
+        more = {"model.visual.x": torch.ones(2)}  # of one that also sees, the text model trains
+        model.save_pretrained(path, state_dict=model.state_dict() | more)
         if kind == "llama":  # its head is its own, whatever its config says
             change(path / "config.json", {"tie_word_embeddings": True})
     student, teacher = (opsdc.shard(opsdc.load_model(str(p)), opsdc.Config()) for p in paths)
@@ -450,10 +440,9 @@ def test_families_train_in_fp32_as_on_full_logits(group, tmp_path, kind):
     norm = opsdc.clip_gradients(student, 1e9)  # scales nothing
     plain, other = (AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in paths)
     expected = by_the_book(plain.eval(), other.eval(), TRIPLES, "reverse_kl")[0]
-    gradients = gradients_of(plain, expected)
-    found = {name[6:]: weight.grad.full_tensor() for name, weight in student.named_parameters()}
-    close((loss, found), (expected, gradients))
-    assert norm == pytest.approx(torch.nn.utils.get_total_norm(gradients.values()).item(), rel=1e-5)
+    gradients = torch.autograd.grad(expected, [*plain.parameters()])
+    close((loss, [w.grad.full_tensor() for w in student.parameters()]), (expected, [*gradients]))
+    assert norm == pytest.approx(torch.nn.utils.get_total_norm(gradients).item(), rel=1e-5)
     halves = (opsdc.shard(opsdc.load_model(str(p)), opsdc.Config(dtype="bfloat16")) for p in paths)
     loss, _ = opsdc.distillation_loss(*halves, TRIPLES, "reverse_kl", 5)
     assert 0 < abs(loss.item() / expected.item() - 1) < 0.05
@@ -586,17 +575,20 @@ def test_two_ranks_equal_one_and_each_resumes_the_other(small_run, tmp_path):
     """Greedy by a tiny top_p; without it the ranks draw different samples."""
     greedy = [*small_run, "--top_p=1e-6", "--steps=4", "--save_every=3", "--refresh_share=0.3"]
     one, two = (f"--output_dir={tmp_path}/{name}" for name in ("one", "two"))
-    start(opsdc, *greedy, one, "--offload=True")
+    call(opsdc, *greedy, one, "--offload=True")
     accidents = [(GENERATE, 2, INT)]  # of rank 1, of which rank 0 must learn
     said = start(opsdc, *greedy, two, accidents=accidents, ranks=2, code=130)
     assert said.count("\n") == 4 and said.endswith("step 2 is saved, --resume goes on\n"), said
-    start(opsdc, *greedy, two, "--resume")
+    call(opsdc, *greedy, two, "--resume")
     expected = outcome(tmp_path / "one")
     close(outcome(tmp_path / "two"), expected)
     start(opsdc, *greedy, one, "--resume", ranks=2)
     close(outcome(tmp_path / "one"), expected)
     run = [*small_run, "--temperature=1e9", f"--output_dir={tmp_path}/run"]  # all tokens alike
-    start(opsdc, *run, "--batch_size=2", "--steps=4", "--save_every=0", ranks=2)
+    options = "--batch_size=2", "--steps=4", "--save_every=0", "--dtype=bfloat16"
+    start(opsdc, *run, *options, ranks=2)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype="auto")
+    assert saved.dtype == torch.bfloat16
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert any(row["completion_tokens"] % 1 for row in rows)  # equal samples: a whole mean
 
@@ -604,15 +596,13 @@ def test_two_ranks_equal_one_and_each_resumes_the_other(small_run, tmp_path):
 def test_a_disturbed_run_ends_bit_for_bit_as_an_undisturbed_one(small_run, tmp_path):
     whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
     run = [*small_run, "--refresh_share=0.3"]
-    start(opsdc, *run, f"--output_dir={whole}")
+    call(opsdc, *run, f"--output_dir={whole}")
     disturbances = [  # steps, accidents at calls; exit code, words, newest checkpoint, logged rows
         (8, [(GENERATE, 2, KILL)], -9, "", 0, 1),
         (3, [], 0, "step 3:", 2, 3),  # finished, and extended by the next
-        (8, [(CLIP, 2, KILL)], -9, "", 2, 3),
         (8, [("opsdc.open_log", 1, FULL)], 1, "", 2, 2),  # no room for a new run.json
-        (8, [(GENERATE, 1, INT)], 130, "step 3 is saved, --resume goes on", 3, 3),
-        (8, [("opsdc.Tokenizer.save_pretrained", 1, KILL)], -9, "", 3, 4),  # in saving step 4
-        (8, [("opsdc.distillation_loss", 4, TERM)], 130, "step 5 is saved, --resume", 5, 5),
+        (8, [("opsdc.Tokenizer.save_pretrained", 1, KILL)], -9, "", 2, 4),  # in saving step 4
+        (8, [("opsdc.distillation_loss", 6, TERM)], 130, "step 5 is saved, --resume", 5, 5),
         (8, [(GENERATE, 1, INT), (CLIP, 1, INT)], -2, "", 5, 5),  # at once
         (8, [(SAVE, 2, KILL)], -9, "", 6, 8),  # in saving the end
         (8, [], 0, "step 8:", 6, 8),
@@ -645,17 +635,17 @@ def test_a_run_prints_how_many_problems_it_has_and_a_line_for_each_step(tmp_path
 
 def test_every_rollout_ends_at_a_stop_id_of_model_teacher_or_tokenizer(tmp_path):
     """A toy that ships a stop id which it never writes, and settings that transformers refuses."""
-    model, run = shutil.copytree(TOY, tmp_path / "model"), tmp_path / "run"
+    model = shutil.copytree(TOY, tmp_path / "model")
     shipped = {"eos_token_id": 0, "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6}
     change(model / "generation_config.json", json.dumps(shipped))
     other, same = (shutil.copytree(path, tmp_path / path.name) for path in (TOY / "teacher", TOY))
     change(other / "generation_config.json", {"eos_token_id": [7]})
-    flags = {"model": model, "data": TOY / "test.jsonl", "output_dir": run, "save_every": 1}
+    flags = {"model": model, "data": TOY / "test.jsonl", "save_every": 1}
     flags |= {"batch_size": 4, "steps": 2, "max_new_tokens": 256, "refresh_every": 0}
-    teachers = {}, {"teacher": other}, {"teacher": same, "instruction": "none"}
-    for teacher, stops in zip(teachers, ([0, 2], [0, 7, 2], [0, 2]), strict=True):
-        shutil.rmtree(run, ignore_errors=True)
-        completions = sum((asked.completions for asked in record(flags | teacher)), [])
+    for teacher, instruction, stops in ((other, "v1", [0, 7, 2]), (same, "none", [0, 2])):
+        run = tmp_path / instruction
+        flags |= {"teacher": teacher, "instruction": instruction, "output_dir": run}
+        completions = sum((asked.completions for asked in record(flags)), [])
         assert all(y[-1] in stops and not {*y[:-1]} & {*stops} for y in completions)
         for directory in (run, run / "step-1"):
             assert AutoModelForCausalLM.from_pretrained(directory)
@@ -663,17 +653,6 @@ def test_every_rollout_ends_at_a_stop_id_of_model_teacher_or_tokenizer(tmp_path)
             assert saved.items() >= (shipped | {"eos_token_id": stops}).items()
     row, _ = read_rows(run / "metrics.jsonl")
     assert abs(row["loss"]) < 1e-7 and row["grad_norm"] < 1e-5
-
-
-def test_a_part_of_a_checkpoint_trains_and_says_so(tiny, small_run, tmp_path):
-    """In bf16, a mixture of experts, as the text model of one that also sees."""
-    model = tiny_model("qwen3_moe", vocab_size=821, **MIXTURE)
-    path = shutil.copytree(tiny, tmp_path / "model")
-    model.save_pretrained(path, state_dict=model.state_dict() | {"model.visual.x": torch.ones(2)})
-    run = [*small_run, f"--model={path}", "--steps=1", f"--output_dir={tmp_path}/run"]
-    said = start(opsdc, *run, "--dtype=bfloat16")
-    assert str(path) in said and "model.visual.x" in said and "step 1:" in said
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run")
 
 
 def test_only_a_run_of_its_kind_is_resumed(monkeypatch, small_run, tiny, tmp_path):
@@ -700,14 +679,13 @@ def test_only_a_run_of_its_kind_is_resumed(monkeypatch, small_run, tiny, tmp_pat
             change(file, good)
     newest, shards = out / "step-2" / ".metadata", out / "step-2" / "__0_0.distcp"
     half, cut = shards.read_bytes()[: shards.stat().st_size // 2], newest.read_bytes()[:-99]
-    before = contents(out)
     for file, new in ((shards, ""), (shards, half), (newest, ""), (newest, cut)):
         good = change(file, new)
-        said = start(opsdc, *resume, code=2)  # torch says nothing beside it
-        message = f"opsdc.py: error: {newest.parent} is broken: remove it to go on from an older"
-        assert message in said and said.count("\n") == 2, said
+        refused(opsdc, resume, f"{newest.parent} is broken: remove it to go on from an older", out)
         change(file, good)
-    assert contents(out) == before
+    change(newest, cut)
+    assert start(opsdc, *resume, code=2).count("\n") == 2  # torch says nothing beside it
+    change(newest, good)
     day = Mock()
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", day)  # another one
     call(opsdc, *resume, "--steps=4", "--save_every=0")
@@ -827,8 +805,7 @@ def test_final_reads_the_answer_stated_last(grade):
 
 def test_hostile_responses_are_wrong_and_harm_no_other(grade):
     m, frac = 10**5, r"\frac{1}{" * 90 + "2" + "}" * 90
-    endless = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\sum_{k=1}^{10^{10}} \frac{1}{k}}"]
-    endless += ["Answer: ((10!)!)!"]
+    endless = r"\boxed{9^{9^{9^{9}}}}", "Answer: ((10!)!)!"
     odd = ["", f"Answer: {frac}", "Answer: " + "7" * m, "Answer: " + "}" * m, "(" * m + ")" * m]
     odd += ["Answer: " + "word " * (2 * m), "Answer:" + "\n" * m, "Answer" + " " * m + "!"]
     odd += [r"\boxed{" + "7" * m + "}", r"\boxed{" + "{" * m, r"\boxed{}" * 10**4, "$ " * (m // 2)]
@@ -873,33 +850,16 @@ def test_thinking_is_cut_off_as_models_mark_it(grade, monkeypatch):
     assert samples[0]["tokens"] == len(ids)
 
 
-def test_gold_answers_are_read_from_the_columns_of_data_sets(tmp_path):
-    for row in ({"final_answer": 5}, {"expected_answer": "5"}, {"answer": ["5"]}, {"answer": 5}):
-        for more in ({}, {"reward_model": None}, {"solution": "6"}):
-            path = write_rows(tmp_path / "data.jsonl", [{"problem": "a"} | row | more])
-            assert [p["answer"] for p in evaluation.load_problems(path, 0)] == ["5"]
-    nested = {"reward_model": {"ground_truth": '["5"]'}}
-    others = [({"answer": None} | nested, "5"), ({"answer": "[0,1]"}, "[0,1]"), (nested, "5")]
-    others += [({"answer": r"\text{It is } 5"}, r"\text{It is } 5")]
-    for row, answer in others:
-        assert evaluation.read_answer({"problem": "a"} | row) == answer
-
-
-@pytest.mark.parametrize("problems", [5, 30, 500])
-def test_intervals_cover_the_mean_of_few_problems_and_of_high_accuracies(problems):
+def test_intervals_cover_the_mean_of_few_problems_and_of_high_accuracies():
     """Counted exactly: over every number of right problems, by its binomial probability."""
-    for mean in (0.5, 0.97):
-        covered = usual = 0
+    for problems, mean in itertools.product((5, 30, 500), (0.5, 0.97)):
+        covered = 0
         for right in range(problems + 1):
             chance = math.comb(problems, right) * mean**right * (1 - mean) ** (problems - right)
-            scores = [1.0] * right + [0.0] * (problems - right)
-            low, high = evaluation.interval(pd.Series(scores))
+            low, high = evaluation.interval(pd.Series([1.0] * right + [0.0] * (problems - right)))
             assert 0 <= low <= right / problems <= high <= 1
             covered += chance * (low <= mean <= high)
-            half = 1.96 * statistics.stdev(scores) / math.sqrt(problems)
-            usual += chance * (abs(right / problems - mean) <= half)
         assert covered >= 0.945 and (problems == 5 or covered < 0.99), covered
-        assert problems == 500 or mean == 0.5 or usual < 0.65  # without the four
 
 
 @pytest.fixture
@@ -1029,12 +989,9 @@ def test_the_report_says_what_its_rows_say(tmp_path):
         cells |= {"reduced": f"{values['reduction']:.1%}", "model": row["model"]}
         for verdict, good in accepted.items():
             scores = [sum(y in good for y in texts[name][i : i + 2]) / 2 for i in chosen[::2]]
-            values[verdict], four = statistics.fmean(scores), [*scores, 1, 1, 0, 0]
-            half = 1.96 * statistics.stdev(four) / math.sqrt(len(four))
-            ends = [max(0, statistics.fmean(four) - half), min(1, statistics.fmean(four) + half)]
-            cells[verdict] = "{:.1f} ({:.1f}-{:.1f})".format(
-                *(100 * x for x in (values[verdict], *ends))
-            )
+            values[verdict], ends = statistics.fmean(scores), evaluation.interval(pd.Series(scores))
+            percent = [100 * x for x in (values[verdict], *ends)]
+            cells[verdict] = "{:.1f} ({:.1f}-{:.1f})".format(*percent)
             assert row[f"{verdict}_interval"] == pytest.approx(ends)
         assert {key: row[key] for key in values} == pytest.approx(values)
         assert row["problems"] == len(chosen) // 2 and shown.items() >= cells.items()
@@ -1095,18 +1052,16 @@ def test_another_evaluation_in_the_same_place_is_refused(asked, tmp_path):
 # ---- Faults: what becomes of a file, as JSON, or is said; and what the one line says -------------
 MODEL = table(r"""chat_template.jinja => null => chat_template is not set
     chat_template.jinja => "Why?" => equal prompts | model.safetensors => "" => deserializing
-    config.json => "{" => not a valid JSON | config.json => {"model_type": "t5"} => T5Config
-    config.json => {"hidden_size": 64} => mismatched_sizes | adapter_config.json => "{}" => merge
+    config.json => {"model_type": "t5"} => T5Config
+    adapter_config.json => "{}" => merge | config.json => {"hidden_size": 64} => mismatched_sizes
     config.json => {"num_hidden_layers": 1, "layer_types": null} => weight ['model.layers.1.
     config.json => {"model_type": "x", "auto_map": {"AutoConfig": "own.X"}} => model can't be used
     generation_config.json => {"eos_token_id": [1, 821]} => [1, 821, ... no tokens from 0 to 820
     generation_config.json => {"eos_token_id": -1} => the stop ids are [-1, ... which are no tokens
-    generation_config.json => {"eos_token_id": "2"} => the stop ids are ['2', ... are no tokens
-    generation_config.json => {"eos_token_id": [[1]]} => the stop ids are [[1], ... are no tokens
-    model.safetensors => null => no file named model.safetensors""")
-FAULTS = [(opsdc, "", f"model/{file}", json.loads(new), said) for file, new, said in MODEL]
+    generation_config.json => {"eos_token_id": "2"} => the stop ids are ['2', ... are no tokens""")
 BITS = {"quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear"}}
-FAULTS += [(opsdc, "", "model/config.json", BITS, "its weights are quantized")]
+MODEL += [("config.json", json.dumps(BITS), "its weights are quantized")]
+FAULTS = [(opsdc, "", f"model/{file}", json.loads(new), said) for file, new, said in MODEL]
 TEACHER, WORDS = "--teacher=toy --refresh_every=0", {"extra_special_tokens": ["another"]}
 FAULTS += [(opsdc, TEACHER, "model/tokenizer_config.json", WORDS, "toy has another vocabulary")]
 DATA = table(r"""[1, 2] => row 1 | {"text": "", "id": 1} => row 1 ... columns are ['text', 'id']
@@ -1129,11 +1084,10 @@ WORDS = table("""--data=Nobody/None => Nobody/None can't | --model=Nobody/None =
     --data=toy/args => toy/args can't ... only .jsonl | --data={tmp}/x => /x can't be used
     --data={tmp}/x[1] => x[1] can't ... brackets | --data={tmp}/model => names don't match
     --data={tmp}/x/a.parquet => a.parquet can't be used | --instruction=none => equal prompts
-    --output_dir={tmp}/model/data.jsonl => data.jsonl is a file | @{tmp}/no => No such file
+    --output_dir={tmp}/model => not empty | @{tmp}/no => No such file
     --output_dir={tmp}/model/data.jsonl/a => data.jsonl is a file
-    --output_dir={tmp}/model => not empty | --model=toy --thinking=on => --thinking on
+    --model=toy --thinking=on => --thinking on
     --teacher=toy => --refresh_every 0 | --teacher={tmp}/no --refresh_every=0 => /no can't
-    --teacher={tmp}/model --instruction=none --refresh_every=0 => equal prompts
     --teacher={tmp}/x/../model --instruction=none --refresh_every=0 => equal prompts""")
 WORDS += [(f"--{value}", f"--{value.split('=')[0]}") for value in VALUES.split()]
 FAULTS += [(opsdc, words, "x/no", None, message) for words, message in WORDS]
@@ -1151,7 +1105,7 @@ SAMPLES += [(SAMPLE + SAMPLE.replace("0", "7"), "no others")]
 SAMPLES += [(SAMPLE.replace("3", '"3"'), "r.jsonl, row 1 can't be used: its tokens is no int")]
 WORDS = table("""toy {tmp}/no => no can't be used | toy toy => named twice
     toy --prompt v3 => --instruction is 'v3' | toy --prompt v1 v2 => 2 --prompt for 1 models
-    toy --prompt_style=v1 => is 'v1', not paper
+    toy --prompt_style=v1 => is no style of prompts
     toy --max_new_tokens=1020 => toy has 1024 positions | toy --samples=0 => --samples is 0
     toy --temperature=0 => --temperature must be | toy --seed=99999999999 => --seed is 99999999999
     --limit=2 => name models to evaluate | --responses r --data a b => needs one benchmark
