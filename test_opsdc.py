@@ -374,12 +374,10 @@ TRIPLES = list(zip(X, X_C, Y, strict=True))
 FAMILIES = {"llama": {}, "gemma3_text": {"sliding_window": 4, "query_pre_attn_scalar": 8}}
 FAMILIES |= {"gpt_neox": {"hidden_dropout": 0.5, "attention_dropout": 0.5}}  # dropout is off
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-MIXTURE |= {"output_router_logits": True}  # as some ship: an auxiliary loss, which is not ours
-FAMILIES["qwen3_moe"] = MIXTURE
+FAMILIES["qwen3_moe"] = MIXTURE | {"output_router_logits": True}  # its own loss is not ours
 UNUSABLE = [("phi", {"bias": 0}, None), ("gemma2", {"final_logit_softcapping": 30.0}, None)]
 UNUSABLE += [("granite", {"logits_scaling": 1.02}, None), ("phi", {"bias": 1}, None)]
-LOST = ["layers.1.mlp.up_proj", "layers.1", "lm_head", "", math.nan, math.inf]
-UNUSABLE += [("llama", {}, lost) for lost in LOST]
+UNUSABLE += [("llama", {}, lost) for lost in ("layers.1.mlp.up_proj", "lm_head", "", math.nan)]
 OPTIONS = {"instruction": "Answer in a word.", "prompt": "plain", "divergence": "jsd", "seed": 7}
 OPTIONS |= {"refresh_every": 2, "refresh_share": 0.25, "steps": 5, "batch_size": 4, "offload": True}
 OPTIONS |= {"micro_batch_size": 3, "rollout_batch_size": 2, "max_new_tokens": 5, "save_every": 3}
@@ -544,8 +542,7 @@ def test_a_run_is_algorithm_1_on_full_logits(monkeypatch, tiny, tmp_path):
     keys = {*rows[0], "rollout_seconds", "update_seconds", "peak_gpu_gb"}
     assert all(row.keys() == keys for row in metrics)
     assert {path.name for path in run.glob("step-*")} == {"step-3"}
-    written = json.loads((run / "run.json").read_text())
-    assert written["config"].items() >= OPTIONS.items()
+    assert json.loads((run / "run.json").read_text())["config"].items() >= OPTIONS.items()
     for directory in (run, run / "step-3"):
         shipped, saved = (GenerationConfig.from_pretrained(path) for path in (tiny, directory))
         assert saved.to_diff_dict() == shipped.to_diff_dict()
@@ -573,9 +570,8 @@ def test_two_ranks_equal_one_and_each_resumes_the_other(small_run, tmp_path):
     close(outcome(tmp_path / "two"), expected)
     start(opsdc, *greedy, one, "--resume", ranks=2)
     close(outcome(tmp_path / "one"), expected)
-    run = [*small_run, "--temperature=1e9", f"--output_dir={tmp_path}/run"]  # all tokens alike
-    options = "--batch_size=2", "--steps=4", "--save_every=0", "--dtype=bfloat16"
-    start(opsdc, *run, *options, ranks=2)
+    run = [*small_run, "--temperature=1e9", "--batch_size=2", "--steps=4", "--save_every=0"]
+    start(opsdc, *run, "--dtype=bfloat16", f"--output_dir={tmp_path}/run", ranks=2)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run", dtype="auto")
     assert saved.dtype == torch.bfloat16
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
@@ -666,13 +662,13 @@ def test_only_a_run_of_its_kind_is_resumed(monkeypatch, small_run, tiny, tmp_pat
             change(file, good)
     newest, shards = out / "step-2" / ".metadata", out / "step-2" / "__0_0.distcp"
     half, cut = shards.read_bytes()[: shards.stat().st_size // 2], newest.read_bytes()[:-99]
-    for file, new in ((shards, ""), (shards, half), (newest, ""), (newest, cut)):
+    for file, new in ((newest, ""), (newest, cut), (shards, ""), (shards, half)):
         good = change(file, new)
         refused(opsdc, resume, f"{newest.parent} is broken: remove it to go on from an older", out)
         change(file, good)
-    change(newest, cut)
+    change(shards, half)
     assert start(opsdc, *resume, code=2).count("\n") == 2  # torch says nothing beside it
-    change(newest, good)
+    change(shards, good)
     day = Mock()
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", day)  # another one
     call(opsdc, *resume, "--steps=4", "--save_every=0")
@@ -791,10 +787,10 @@ def test_final_reads_the_answer_stated_last(grade):
 def test_hostile_responses_are_wrong_and_harm_no_other(grade):
     m, frac = 10**5, r"\frac{1}{" * 90 + "2" + "}" * 90
     endless = r"\boxed{9^{9^{9^{9}}}}", "Answer: ((10!)!)!"
-    odd = ["", f"Answer: {frac}", "Answer: " + "7" * m, "Answer: " + "}" * m, "(" * m + ")" * m]
-    odd += ["Answer: " + "word " * (2 * m), "Answer:" + "\n" * m, "Answer" + " " * m + "!"]
-    odd += [r"\boxed{" + "7" * m + "}", r"\boxed{" + "{" * m, r"\boxed{}" * 10**4, "$ " * (m // 2)]
-    odd += [r"\boxed{" * 10**4, "Answer: \n" * (m // 9), "So the answer is 5" * (m // 18)]
+    odd = ["", f"Answer: {frac}", "Answer: " + "}" * m, "(" * m + ")" * m, "Answer:" + "\n" * m]
+    odd += ["Answer: " + "word " * (2 * m), "Answer" + " " * m + "!", r"\boxed{" + "7" * m + "}"]
+    odd += [r"\boxed{" + "{" * m, r"\boxed{}" * 10**4, r"\boxed{" * 10**4, "$ " * (m // 2)]
+    odd += ["Answer: " + "7" * m, "Answer: \n" * (m // 9), "So the answer is 5" * (m // 18)]
     odd += ["Answer: \0 \\boxed{\0}" + "\0" * m, "Answer: \u202e17\u202c" + "\u200f" * m]
     odd += ["Answer: \ud800 \\boxed{\udfff}", "<think>" * m, "the " * m]
     batch = [row for response in endless for row in ((response, "5"), ("Answer: 5", "5"))]
@@ -989,18 +985,17 @@ def test_an_interrupted_evaluation_ends_as_one_on_two_ranks(tmp_path):
 
 
 def test_another_evaluation_in_the_same_place_is_refused(asked, tmp_path):
-    model, out = shutil.copytree(TOY, tmp_path / "model"), tmp_path / "run"
-    data = tmp_path / "sums.jsonl"
+    model, data, out = (tmp_path / name for name in ("model", "sums.jsonl", "run"))
+    shutil.copytree(TOY, model)
     run = [model, f"--data={data}", "--samples=1", "--max_new_tokens=9", f"--output_dir={out}"]
     call(evaluation, *run)
     samples, count = contents(out)["samples-0.jsonl"], len(asked)
-    held = f"{out} holds an evaluation with another"
-    weights = (model / "model.safetensors").read_bytes()
+    held, weights = f"{out} holds an evaluation with another", model / "model.safetensors"
     refused(evaluation, [*run, "--temperature=0.7"], f"{held} temperature: choose", out)
     for file, new, message in (
         (model / "chat_template.jinja", "{{ messages[0].content }}", f"{model}/chat_template"),
         (model / "generation_config.json", {"eos_token_id": 7}, f"{model}/generation_config"),
-        (model / "model.safetensors", weights[:-4] + bytes(4), f"{model}/model.safetensors"),
+        (weights, weights.read_bytes()[:-4] + bytes(4), str(weights)),
         (data, data.read_text().replace("#### 3", "#### 4"), "problems"),
     ):
         times = (file.stat().st_atime_ns, file.stat().st_mtime_ns)
