@@ -6,6 +6,7 @@ import os
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import gc
+import hashlib
 import io
 import itertools
 import json
@@ -37,10 +38,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 import eval as evaluation
 import opsdc
 
-HERE = Path(__file__).parent
-TOY, SHARED = HERE / "toy", HERE.parent / "shared" / "data"
+HERE, TOY = Path(__file__).parent, Path(__file__).parent / "toy"
 logging.disable()  # pytest would keep logged errors, and with them the lock of the run they ended
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="real data not at hand")
 
 
 def tiny_model(kind="qwen3", seed=0, **options):
@@ -106,18 +105,7 @@ FORMAT = "The last line of your response should be of the form Answer: $Answer (
 FORMAT += "where $Answer is the answer to the problem."
 REMEMBER = 'Remember to put your answer on its own line after "Answer:".'
 PAPER = f"{FIRST} {FORMAT}\n\n{{}}\n\n{REMEMBER}"
-INSTRUCTIONS = {
-    "v1": """Solve the following math problem concisely and correctly. Be direct: avoid unnecessary
-        elaboration, redundant steps, or restating the problem. Focus only on the key reasoning
-        steps needed to reach the answer.""",
-    "v2": """Solve the following math problem concisely and correctly. Prioritize a correct final
-        answer above brevity. For straightforward problems, be direct: avoid unnecessary
-        elaboration, redundant steps, or restating the problem. For difficult or multi-step
-        problems, do NOT over-compress: keep every reasoning step needed for correctness, including
-        case analysis, edge cases, and a brief check of the final answer. Never omit a step that the
-        answer depends on.""",
-    "Answer in French.": "Answer in French.",
-}
+INSTRUCTIONS = opsdc.INSTRUCTIONS | {"Answer in French.": "Answer in French."}
 TOKENIZER, SILENT = AutoTokenizer.from_pretrained(TOY), "Hm."  # what the template says with
 TOKENIZER.chat_template += f"{{{{ '{SILENT}' if enable_thinking is false }}}}"  # --thinking off
 TURN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -235,7 +223,7 @@ def outcome(output_dir):
 
 @pytest.mark.parametrize("instruction", INSTRUCTIONS)
 def test_prompts_and_defaults_are_the_papers(instruction):
-    problem, c = "What is {1} + {opening}? ", " ".join(INSTRUCTIONS[instruction].split())
+    problem, c = "What is {1} + {opening}? ", INSTRUCTIONS[instruction]
     plain, told = PAPER.format(problem), f"{c}\n\n{FORMAT}\n\n{problem}\n\n{REMEMBER}"
     assert opsdc.prompt_pair(user(problem), "none") == (user(plain), user(plain))
     chat, own = [{"role": "system", "content": "Be kind."}, *user("Hi")], "{problem} Or {problem}"
@@ -252,6 +240,8 @@ def test_prompts_and_defaults_are_the_papers(instruction):
         weight_decay=0.01 max_grad_norm=1.0 temperature=1.0 top_p=1.0 max_new_tokens=8192
         max_prompt_tokens=1024"""
     assert {f"{n}={v}" for n, v in vars(opsdc.Config()).items()} >= {*paper.split()}
+    texts = (opsdc.INSTRUCTIONS["v1"] + opsdc.INSTRUCTIONS["v2"]).encode()
+    assert hashlib.sha256(texts).hexdigest()[:8] == "e516b1df"  # results/test_real_data.py has them
 
 
 def test_problems_and_answers_are_read_as_written_from_files_and_splits_of_every_kind(tmp_path):
@@ -322,21 +312,6 @@ def test_batches_are_epochs_in_new_orders_that_leave_others_out():
     assert all(len(set(epoch)) == 8 for epoch in first) and len(set(first)) == 4
     assert set(sum(first, ())) == set(range(10)) and len(set(map(frozenset, first))) > 1
     assert first == again != other
-
-
-@needs_shared
-def test_real_tokenizers_and_real_problems(monkeypatch):
-    tokenizer = AutoTokenizer.from_pretrained(SHARED / "qwen3")
-    openings = {"template": "", "on": "", "off": "<think>\n\n</think>\n\n"}
-    for thinking, opening in openings.items():
-        (ids,) = opsdc.encode_chats(tokenizer, [user("1+1?")], thinking)
-        assert tokenizer.decode(ids) == TURN.format("1+1?") + opening
-    monkeypatch.setattr(opsdc, "encode_chats", lambda _, pair, __: [c[0]["content"] for c in pair])
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    config = opsdc.Config(data=f"{SHARED}/dapo_math_17k.parquet", max_prompt_tokens=10**6)
-    prompts = opsdc.load_prompts(config, None)
-    assert len(prompts) == 17_290
-    assert all(x.count(FORMAT) == x_c.count(REMEMBER) == 1 for x, x_c, _ in prompts)
 
 
 def test_rollouts_follow_the_students_own_distribution_behind_padding():
@@ -413,10 +388,10 @@ def test_loss_and_gradients_equal_autograd(monkeypatch, kind, family, tied, head
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_families_train_in_fp32_as_on_full_logits(group, tmp_path, kind):
-    stored = torch.bfloat16 if kind == "qwen3_moe" else torch.float32
     paths = [tmp_path / str(seed) for seed in (1, 2)]
     for seed, path in enumerate(paths):
-        model = tiny_model(kind, seed, **FAMILIES[kind]).to(stored)
+        model = tiny_model(kind, seed, **FAMILIES[kind])
+        model.to(torch.bfloat16 if kind == "qwen3_moe" else torch.float32)
         more = {"model.visual.x": torch.ones(2)}  # of one that also sees, the text model trains
         model.save_pretrained(path, state_dict=model.state_dict() | more)
         if kind == "llama":  # its head is its own, whatever its config says
@@ -492,8 +467,6 @@ def record(options, program=opsdc):
 
 
 def test_a_run_is_algorithm_1_on_full_logits(monkeypatch, tiny, tmp_path):
-    """By torch.optim and torch.distributions, with the run's completions but this file's prompts.
-    No option has its default; another seed gives another order and other samples."""
     assert all(value != getattr(opsdc.Config(), name) for name, value in OPTIONS.items())
     run, places = tmp_path / "run", {"model": tiny, "data": tiny / "data.jsonl"}
     samplers, sizes, sample, loss = [], [], opsdc.rollout, opsdc.distillation_loss
@@ -537,10 +510,8 @@ def test_a_run_is_algorithm_1_on_full_logits(monkeypatch, tiny, tmp_path):
     assert not any(token in STOPS for y in completions for token in y[:-1])
     assert len({asked.seed for asked in [*calls, other]}) == len(calls) + 1
     assert other.prompts != calls[0].prompts
-
-    metrics = read_rows(run / "metrics.jsonl")
     keys = {*rows[0], "rollout_seconds", "update_seconds", "peak_gpu_gb"}
-    assert all(row.keys() == keys for row in metrics)
+    assert all(row.keys() == keys for row in read_rows(run / "metrics.jsonl"))
     assert {path.name for path in run.glob("step-*")} == {"step-3"}
     assert json.loads((run / "run.json").read_text())["config"].items() >= OPTIONS.items()
     for directory in (run, run / "step-3"):
@@ -552,9 +523,9 @@ def test_a_run_is_algorithm_1_on_full_logits(monkeypatch, tiny, tmp_path):
 
 @pytest.fixture(scope="module")
 def small_run(tiny):
-    run = [f"--model={tiny}", f"--data={tiny}/data.jsonl", "--batch_size=4", "--steps=8"]
-    run += ["--micro_batch_size=2", "--max_new_tokens=12", "--refresh_every=3", "--save_every=2"]
-    return [*run, "--learning_rate=1e-3", "--rollout_batch_size=4", "--prompt=plain"]
+    run = f"--model={tiny} --data={tiny}/data.jsonl --batch_size=4 --steps=8 --micro_batch_size=2 "
+    run += "--max_new_tokens=12 --refresh_every=3 --save_every=2 --learning_rate=1e-3 "
+    return [*run.split(), "--rollout_batch_size=4", "--prompt=plain"]
 
 
 def test_two_ranks_equal_one_and_each_resumes_the_other(small_run, tmp_path):
@@ -619,7 +590,6 @@ def test_a_run_prints_how_many_problems_it_has_and_a_line_for_each_step(tmp_path
 
 
 def test_every_rollout_ends_at_a_stop_id_of_model_teacher_or_tokenizer(tmp_path):
-    """A toy that ships a stop id which it never writes, and settings that transformers refuses."""
     model = shutil.copytree(TOY, tmp_path / "model")
     shipped = {"eos_token_id": 0, "pad_token_id": 0, "temperature": 0.9, "top_p": 0.6}
     change(model / "generation_config.json", json.dumps(shipped))
@@ -684,45 +654,6 @@ def grade():
         yield lambda rows, **options: evaluation.grade(pool, rows, **options)
 
 
-@needs_shared
-def test_verdicts_on_recorded_cases(grade):
-    cases = read_rows(SHARED / "grader_cases.jsonl")
-    found = grade((case["prediction"], case["gold"]) for case in cases)
-    assert [verdict["dual"] for verdict in found] == [case["official_dual_path"] for case in cases]
-    assert all(v["dual"] == (v["answer_only"] or v["boxed_only"]) for v in found)
-    assert not any(verdict["errors"] for verdict in found)
-    # math-verify's unit tests are often a bare formula, which here becomes the stated answer.
-    stated = re.compile(r"answer[*]*\s*:|\\boxed", re.I)
-    texts = [c["prediction"] for c in cases]
-    texts = [text if stated.search(text) else f"Answer: {text}" for text in texts]
-    found = grade((text, case["gold"]) for text, case in zip(texts, cases, strict=True))
-    wrong = {c["id"] for c, v in zip(cases, found, strict=True) if v["final"] != c["expected"]}
-    # No stated answer (two), a sentence, a rounded 8/3, a malformed gold; all refused:
-    assert wrong == {142, 163, 156, 139, 217}
-    assert not any(v["final"] for c, v in zip(cases, found, strict=True) if c["id"] in wrong)
-
-
-@needs_shared
-def test_math500_solutions_against_their_own_and_other_answers(grade):
-    """The other answer is the next that differs as mathematics: without layout and `x =`."""
-    problems, names = read_rows(SHARED / "math500.jsonl"), ("math500", "aime24", "aime25")
-    math500, *aime = (evaluation.load_problems(f"{SHARED}/{n}.jsonl", limit=0) for n in names)
-    assert [p["answer"] for p in math500] == [row["answer"] for row in problems]
-    assert {p["level"] for p in math500} == {1, 2, 3, 4, 5} and aime[1][0]["answer"] == "70"
-    assert [len(math500), *map(len, aime)] == [500, 30, 30]
-    layout = r"^\w\s*=|\\(?:left|right|text|mbox|[!,;])|\\[dt](?=frac)|\^\\circ|[\s{}$]"
-    alike = [re.sub(layout, "", row["answer"]) for row in problems]
-    round_twice = list(zip(alike, problems, strict=True)) * 2
-    others = [next(p for a, p in round_twice[i:] if a != alike[i]) for i in range(500)]
-    lines = [f"**Answer:** {row['answer']}" for row in problems]  # 109: as the paper's own scorer
-    for responses, unread in (([row["solution"] for row in problems], 0), (lines, 109)):
-        own = grade((y, row["answer"]) for y, row in zip(responses, problems, strict=True))
-        assert all(v["final"] for v in own) and sum(not v["dual"] for v in own) == unread
-    pairs = zip(problems, others, strict=True)
-    wrong = grade((row["solution"], other["answer"]) for row, other in pairs)
-    assert not any(v["final"] or v["errors"] or v["dual"] for v in wrong)
-
-
 def test_faults_of_the_papers_scorer_are_in_dual_and_not_in_final(grade):
     """Response => for a careful reader => by the paper's scorer, which reads a box on the line of a
     first `Answer:`, and the last number of a response that was cut off."""
@@ -754,25 +685,25 @@ def test_final_reads_the_answer_stated_last(grade):
         ### Answer¶5 | **Final Answer**¶¶$5$ | Answer = 5 | Yes.¶#### 5 | Answer: 5 (see above)
         The answer is 5. | No. So the final answer is **$5$**. | First \boxed{4}. Wait, so \boxed{5}
         \boxed{4:30 \text{ p.m.}} => \text{4:30 p.m.} | Answer: 12:05 AM => 12:05 \text{ a.m.}
-        Answer: 1 000 => 1000 | Answer: 52 => 52_8 | \boxed{5.}
-        Answer：5 | 所以答案是:$5$。 | <answer>¶5¶</answer> | So, the final answer is: 5
-        Answer: $-∞$ => -\infty | \boxed{x²} => x^2 | Answer: We find that $x \lt 5$. => x < 5
-        Answer: The largest $n$ is 5. | \boxed{3.333333} => \frac{10}{3} | Answer: $5$ apples
+        Answer: 1 000 => 1000 | Answer: 52 => 52_8 | \boxed{5.} | Answer：5 | 所以答案是:$5$。
+        <answer>¶5¶</answer> | So, the final answer is: 5 | Answer: $-∞$ => -\infty
+        \boxed{x²} => x^2 | Answer: We find that $x \lt 5$. => x < 5 | Answer: The largest $n$ is 5.
+        \boxed{3.333333} => \frac{10}{3} | Answer: $5$ apples
         Answer: $(\frac{1}{2}, 3)$ => (0.5, 3) | Answer: $x=1, y=2$ => (1, 2)"""
-    wrong = r"""5 | so it must be $5$ | the result is 5 | Answer: | Answer: not 5 | Answer: 5x
-        Answer: $5$ if $x=1$ | <think>Answer: 5 | \boxed{5 | Answer: 50 | Answer: 5, 6
-        <think>1</think><think>Answer: 5 | Answer: 5 \boxed{6} | Answer: 4:30 AM => \text{4:30 p.m.}
-        Answer: 5 of 20 | Answer: $a$ or 5 | Answer: 5 times | \boxed{4:30} => \text{4:30 p.m.}
+    wrong = r"""5 | so it must be $5$ | Answer: | Answer: not 5 | Answer: 5x | Answer: $5$ if $x=1$
+        <think>Answer: 5 | \boxed{5 | Answer: 5, 6 | <think>1</think><think>Answer: 5
+        Answer: 5 \boxed{6} | Answer: 4:30 AM => \text{4:30 p.m.} | Answer: 5 of 20
+        Answer: $a$ or 5 | Answer: 5 times | \boxed{4:30} => \text{4:30 p.m.}
         Answer: 5 hundred zorgs | \boxed{5 \text{ million}} | Answer: 5 halves | Answer: 5 million
         Answer: 5 or 6 zorgs | Answer: at least 5 | Answer: $52_7$ => 52_8 | Answer: 5¶¶Answer: 6
         Answer: $\{1,2\}$ => (1,2) | Answer: (1,2) => (2,1) | Answer: (1,2) => \{1,2\}
         Answer: 1\,23 => 123 | \boxed{5} or \boxed{4} | the answer = 5 | #### 5¶#### No
         ### Answer¶5. First, add. | ### Answer¶We have $5$. | Answer: 5 (dozen) | #### 5. First
         The answer is $5$. Or is it? | I doubt that the answer is 5. | The answer is not $5$.
-        Answer: 1, 2 => (1, 2) | \boxed{\frac12, 2} => (\frac{1}{2}, 2)
-        Answer: not $5$ | Answer: at least $5$ | Answer: 6 or $5$
-        Answer: $5$ squared | Answer: $5$ million | Answer:¶5. First | The answer is $5$? No
-        Answer: $5$ x | \boxed{3.33333} => \frac{10}{3} | I doubt that the answer is: 5"""
+        Answer: 1, 2 => (1, 2) | \boxed{\frac12, 2} => (\frac{1}{2}, 2) | Answer: not $5$
+        Answer: at least $5$ | Answer: 6 or $5$ | Answer: $5$ squared | Answer: $5$ million
+        Answer:¶5. First | The answer is $5$? No | Answer: $5$ x | \boxed{3.33333} => \frac{10}{3}
+        I doubt that the answer is: 5"""
     right += " | Answer: 5. " + "It is so. " * 200
     wrong += " |  | Answer: 5" + "5" * 1000
     for texts, expected in ((right, True), (wrong, False)):
@@ -874,7 +805,7 @@ def test_settings_reach_the_rollouts(asked, monkeypatch, tmp_path):
     for _, settings, texts in asked:
         assert (settings.temperature, settings.top_p, settings.top_k) == (0.25, 0.5, 7)
         assert settings.max_new_tokens == 9 and len(texts) == 4
-    problem, c = GSM8K[0]["question"], " ".join(INSTRUCTIONS["v1"].split())
+    problem, c = GSM8K[0]["question"], INSTRUCTIONS["v1"]
     texts = problem, f"{c}\n\n{problem}", problem, f"say it in a word\n\n{problem}"
     shown = [asked[i][2][0].removesuffix("<think>") for i in (0, 3, 6, 9)]
     assert shown == [TURN.format(text) for text in texts]
@@ -1016,17 +947,17 @@ def test_another_evaluation_in_the_same_place_is_refused(asked, tmp_path):
 
 
 # ---- Faults: what becomes of a file, as JSON, or is said; and what the one line says -------------
-MODEL = table(r"""chat_template.jinja => null => chat_template is not set
-    chat_template.jinja => "Why?" => equal prompts | model.safetensors => "" => deserializing
-    config.json => {"model_type": "t5"} => T5Config
+BOTH = table("""model.safetensors => "" => deserializing
+    config.json => {"model_type": "x", "auto_map": {"AutoConfig": "own.X"}} => model can't be used
+    config.json => {"model_type": "t5"} => T5Config | chat_template.jinja => null => is not set""")
+MODEL = table("""chat_template.jinja => "Why?" => equal prompts
     adapter_config.json => "{}" => merge | config.json => {"hidden_size": 64} => mismatched_sizes
     config.json => {"num_hidden_layers": 1, "layer_types": null} => weight ['model.layers.1.
-    config.json => {"model_type": "x", "auto_map": {"AutoConfig": "own.X"}} => model can't be used
     generation_config.json => {"eos_token_id": [1, 821]} => [1, 821, ... no tokens from 0 to 820
     generation_config.json => {"eos_token_id": -1} => the stop ids are [-1, ... which are no tokens
     generation_config.json => {"eos_token_id": "2"} => the stop ids are ['2', ... are no tokens""")
 BITS = {"quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear"}}
-MODEL += [("config.json", json.dumps(BITS), "its weights are quantized")]
+MODEL += [*BOTH, ("config.json", json.dumps(BITS), "its weights are quantized")]
 FAULTS = [(opsdc, "", f"model/{file}", json.loads(new), said) for file, new, said in MODEL]
 TEACHER, WORDS = "--teacher=toy --refresh_every=0", {"extra_special_tokens": ["another"]}
 FAULTS += [(opsdc, TEACHER, "model/tokenizer_config.json", WORDS, "toy has another vocabulary")]
@@ -1051,8 +982,7 @@ WORDS = table("""--data=Nobody/None => Nobody/None can't | --model=Nobody/None =
     --data={tmp}/x[1] => x[1] can't ... brackets | --data={tmp}/model => names don't match
     --data={tmp}/x/a.parquet => a.parquet can't be used | --instruction=none => equal prompts
     --output_dir={tmp}/model => not empty | @{tmp}/no => No such file
-    --output_dir={tmp}/model/data.jsonl/a => data.jsonl is a file
-    --model=toy --thinking=on => --thinking on
+    --output_dir={tmp}/model/data.jsonl/a => data.jsonl is a file | --thinking=on => --thinking on
     --teacher=toy => --refresh_every 0 | --teacher={tmp}/no --refresh_every=0 => /no can't
     --teacher={tmp}/x/../model --instruction=none --refresh_every=0 => equal prompts""")
 WORDS += [(f"--{value}", f"--{value.split('=')[0]}") for value in VALUES.split()]
@@ -1066,8 +996,7 @@ DATA = table("""{"problem": "a", "answer": null} => ['problem', 'answer'], witho
     {"problem": "a", "answer": "The answer is: 5"} => row 1 ... answer is 'The answer is: 5'
     {"problem": "a", "answer": 1, "level": "\\udcff"} => row 1 can't be used: 'utf-8' codec""")
 SAMPLE = '{"id": 0, "response": "Answer: 2", "tokens": 3, "finished": true}\n'
-SAMPLES = [(SAMPLE * 2, "must have --samples 1 of each problem, no others")]
-SAMPLES += [(SAMPLE + SAMPLE.replace("0", "7"), "no others")]
+SAMPLES = [(SAMPLE * 2, "--samples 1 of each"), (SAMPLE + SAMPLE.replace("0", "7"), "no others")]
 SAMPLES += [(SAMPLE.replace("3", '"3"'), "r.jsonl, row 1 can't be used: its tokens is no int")]
 WORDS = table("""toy {tmp}/no => no can't be used | toy toy => named twice
     toy --prompt v3 => --instruction is 'v3' | toy --prompt v1 v2 => 2 --prompt for 1 models
@@ -1076,11 +1005,8 @@ WORDS = table("""toy {tmp}/no => no can't be used | toy toy => named twice
     toy --seed=99999999999 => --seed is 99999999999 | --limit=2 => name models to evaluate
     --responses r --data a b => --responses needs one benchmark | toy --seed=-1 => --seed is -1
     toy --output_dir={tmp}/file => File exists | toy --data r ../r => two files of the same name""")
-MODEL = table("""config.json => {"model_type": "t5"} => T5Config
-    model.safetensors => "" => deserializing | chat_template.jinja => null => chat_template
-    config.json => {"model_type": "x", "auto_map": {"AutoConfig": "own.X"}} => model can't be used
-    run.json => "{}" => run.json can't be used""")
-FAULTS += [(evaluation, "{tmp}/model", f"model/{f}", json.loads(new), e) for f, new, e in MODEL]
+BOTH += [("run.json", '"{}"', "run.json can't be used")]
+FAULTS += [(evaluation, "{tmp}/model", f"model/{f}", json.loads(new), e) for f, new, e in BOTH]
 FAULTS += [(evaluation, "toy", "model/data.jsonl", *row) for row in DATA]
 FAULTS += [(evaluation, "--responses={tmp}/r.jsonl", "r.jsonl", *row) for row in SAMPLES]
 FAULTS += [(evaluation, words, "file", "", message) for words, message in WORDS]
