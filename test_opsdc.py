@@ -726,13 +726,12 @@ def test_hostile_responses_are_wrong_and_harm_no_other(grade):
     odd += ["Answer: \ud800 \\boxed{\udfff}", "<think>" * m, "the " * m]
     batch = [row for response in endless for row in ((response, "5"), ("Answer: 5", "5"))]
     batch += [("Answer: 9^{9^{9^{9}}}\n\n\\boxed{5}", "5")]  # only one comparison is hopeless
-    *found, mixed = grade(batch, limit=1.5)
-    assert all(v["errors"] and not v["dual"] and not v["final"] for v in found[::2])  # and counted
-    assert all(v["final"] and v["dual"] and not v["errors"] for v in found[1::2])
+    batch += [*((response, "17") for response in odd), ("Answer: 5", "5")]
+    bad, good, bad_2, good_2, mixed, *others, last = grade(batch, limit=1.5)
+    assert all(v["errors"] and not v["dual"] and not v["final"] for v in (bad, bad_2))  # counted
+    assert all(v["final"] and v["dual"] and not v["errors"] for v in (good, good_2, last))
     assert mixed["final"] and not mixed["answer_only"] and mixed["errors"]
-    rows = [*((response, "17") for response in odd), ("Answer: 5", "5")]
-    *found, good = grade(rows, limit=1.5)
-    assert not any(v["final"] for v in found) and good["final"] and good["dual"]
+    assert not any(v["final"] for v in others)
 
 
 def test_thinking_is_cut_off_as_models_mark_it(grade, monkeypatch):
@@ -758,18 +757,6 @@ def test_thinking_is_cut_off_as_models_mark_it(grade, monkeypatch):
     assert [*samples[1].values()] == ["4</think>Answer: 5", len(ids) - 1, False]
 
 
-def test_intervals_cover_the_mean_of_few_problems_and_of_high_accuracies():
-    """Counted exactly: over every number of right problems, by its binomial probability."""
-    for problems, mean in itertools.product((5, 30, 500), (0.5, 0.97)):
-        covered = 0
-        for right in range(problems + 1):
-            chance = math.comb(problems, right) * mean**right * (1 - mean) ** (problems - right)
-            low, high = evaluation.interval(pd.Series([1.0] * right + [0.0] * (problems - right)))
-            assert 0 <= low <= right / problems <= high <= 1
-            covered += chance * (low <= mean <= high)
-        assert covered >= 0.945 and (problems == 5 or covered < 0.99), covered
-
-
 @pytest.fixture
 def asked(monkeypatch, tmp_path):
     """Replaces rollouts by "Answer: 5"; lists what each was called with; writes sums."""
@@ -785,7 +772,7 @@ def asked(monkeypatch, tmp_path):
     return calls
 
 
-def test_settings_reach_the_rollouts(asked, monkeypatch, tmp_path):
+def test_settings_reach_rollouts_and_models_are_asked_in_one_style(asked, monkeypatch, tmp_path):
     plain = shutil.copytree(TOY, tmp_path / "p")
     change(plain / "run.json", '{"config": {"prompt": "plain"}}')
     change(plain / "chat_template.jinja", TOKENIZER.chat_template + "<think>\n")  # to be closed
@@ -822,16 +809,14 @@ def test_settings_reach_the_rollouts(asked, monkeypatch, tmp_path):
     call(evaluation, TOY, *arguments.split(), "--seed=4", f"--output_dir={tmp_path}/b")
     assert not {seed for seed, *_ in asked[1:]} & set(seeds)
 
-
-def test_all_models_are_asked_in_one_style(asked, tmp_path):
-    question = GSM8K[0]["question"]
+    # All are asked in the style of the trained ones among them, or in --prompt_style:
     boxed, plain = (shutil.copytree(TOY, tmp_path / style) for style in ("boxed", "plain"))
     change(plain / "run.json", '{"config": {"prompt": "plain"}}')
     change(boxed / "run.json", '{"config": {"prompt": "Box: {problem}"}}')
     run = ["--samples=1", "--limit=1", "--max_new_tokens=9", f"--data={tmp_path}/sums.jsonl"]
     refused(evaluation, [boxed, plain, *run], "differ in --prompt: choose one for all", tmp_path)
-    styles = [([TOY], "", PAPER.format(question)), ([TOY, boxed], "", f"Box: {question}")]
-    styles += [([plain, TOY], "", question), ([boxed, plain], "So, {problem}", f"So, {question}")]
+    styles = [([TOY], "", PAPER.format(problem)), ([TOY, boxed], "", f"Box: {problem}")]
+    styles += [([plain, TOY], "", problem), ([boxed, plain], "So, {problem}", f"So, {problem}")]
     for models, style, text in styles:
         asked.clear()
         options = [f"--prompt_style={style}", f"--output_dir={tmp_path}/{len(text)}"]
@@ -847,7 +832,7 @@ def test_all_models_are_asked_in_one_style(asked, tmp_path):
     for option, end in (([], "False"), (["--thinking=on"], "True"), (["--thinking=template"], "")):
         asked.clear()
         call(evaluation, boxed, trained, *run, *option, f"--output_dir={tmp_path}/thinks{end}")
-        assert [texts for *_, texts in asked] == [[TURN.format(question) + end]] * 2
+        assert [texts for *_, texts in asked] == [[TURN.format(problem) + end]] * 2
 
 
 def test_the_report_says_what_its_rows_say(tmp_path):
@@ -896,6 +881,15 @@ def test_the_report_says_what_its_rows_say(tmp_path):
         run += ["--responses", write_rows(tmp_path / "responses.jsonl", texts)]
         assert "| 60.0 (30.2-84.0) |" in call(evaluation, *run)
         assert len(read_rows(tmp_path / f"{k}/samples-0.jsonl")) == len(rows)
+    # Intervals cover the mean, counted over every number of right problems by its probability:
+    for problems, mean in itertools.product((5, 30, 500), (0.5, 0.97)):
+        covered = 0
+        for right in range(problems + 1):
+            chance = math.comb(problems, right) * mean**right * (1 - mean) ** (problems - right)
+            low, high = evaluation.interval(pd.Series([1.0] * right + [0.0] * (problems - right)))
+            assert 0 <= low <= right / problems <= high <= 1
+            covered += chance * (low <= mean <= high)
+        assert covered >= 0.945 and (problems == 5 or covered < 0.99), covered
 
 
 def test_an_interrupted_evaluation_ends_as_one_on_two_ranks(tmp_path):
@@ -972,10 +966,10 @@ DATA = table(r"""[1, 2] => row 1 | {"text": "", "id": 1} => row 1 ... columns ar
     {"prompt": [{"role": "", "content": "\udcff"}, {"role": "user", "content": "a"}]} => row 1""")
 DATA = [(row, f"data.jsonl ... {said}") for row, said in DATA]
 FAULTS += [(opsdc, "", "model/data.jsonl", *row) for row in [*DATA, (b'"\xe9"', "utf-8")]]
-VALUES = "steps=0 steps=many micro_batch_size=-1 learning_rate=1e9 learning_rate=nan prompt=poem "
-VALUES += "weight_decay=-1 max_grad_norm=0 refresh_share=0 refresh_share=1.1 top_p=1.5 seed=-1 "
-VALUES += "temperature=0 seed=99999999999 divergence=kl instruction=v3 instruction= rate=1 "
-VALUES += "batch_size=11 max_new_tokens=40000 max_prompt_tokens=3 output_dir= thinking=maybe "
+VALUES = "steps=0 micro_batch_size=-1 learning_rate=1e9 learning_rate=nan prompt=poem "
+VALUES += "weight_decay=-1 max_grad_norm=0 refresh_share=1.1 top_p=1.5 seed=-1 temperature=0 "
+VALUES += "seed=99999999999 divergence=kl instruction=v3 instruction= rate=1 batch_size=11 "
+VALUES += "max_new_tokens=40000 max_prompt_tokens=3 output_dir="
 WORDS = table("""--data=Nobody/None => Nobody/None can't | --model=Nobody/None => Nobody/None can't
     --data={tmp}/no.jsonl => no.jsonl ... No such file | --data={tmp}/no => /no can't
     --data=toy/args => toy/args can't ... only .jsonl | --data={tmp}/x => /x can't be used
