@@ -193,8 +193,7 @@ def run_program(rank, ranks, port, output, accidents, name, arguments):
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     logging.disable(logging.NOTSET)
-    for number in (INT, TERM):  # which what runs the tests may ignore
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(INT, signal.SIG_DFL), signal.signal(TERM, signal.SIG_DFL)  # may be ignored
     for accident in accidents if rank == ranks - 1 else ():  # on the last rank
         happen_before(*accident)
     sys.argv = [name, *arguments]
@@ -215,7 +214,6 @@ def happen_before(name, number, accident):
 
 
 def outcome(output_dir):
-    """Metrics without the times, and the weights."""
     rows = read_rows(output_dir / "metrics.jsonl")
     rows = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
     return rows, AutoModelForCausalLM.from_pretrained(output_dir).state_dict()
@@ -283,7 +281,7 @@ def test_problems_and_answers_are_read_as_written_from_files_and_splits_of_every
         assert list(opsdc.load_rows(f"{tmp_path}:{end}", *split)) == [{"question": question}]
 
 
-def test_problems_count_once_and_long_teacher_prompts_are_left_out(group, capsys, tmp_path):
+def test_problems_count_once_in_epochs_and_long_ones_are_left_out(group, capsys, tmp_path):
     problems = ["short", " short", "t" * 100]
     again = [PAPER.format("short"), f"\n{PAPER.format('short')} ", *problems]  # as in DAPO-Math
     data = write_rows(tmp_path / "data.jsonl", [{"problem": p} for p in problems + again])
@@ -304,9 +302,7 @@ def test_problems_count_once_and_long_teacher_prompts_are_left_out(group, capsys
     for token, times in (("<|im_end|>", 1), ("<|im_start|>", 2)):
         number = TOKENIZER.convert_tokens_to_ids(token)
         assert plain.count(number) == ids.count(number) == times
-
-
-def test_batches_are_epochs_in_new_orders_that_leave_others_out():
+    # Batches are epochs in new orders that leave others out:
     draws = [itertools.islice(opsdc.batches(range(10), 4, seed), 8) for seed in (0, 0, 1)]
     first, again, other = ([tuple(a + b) for a, b in zip(d, d, strict=True)] for d in draws)
     assert all(len(set(epoch)) == 8 for epoch in first) and len(set(first)) == 4
@@ -317,8 +313,7 @@ def test_batches_are_epochs_in_new_orders_that_leave_others_out():
 def test_rollouts_follow_the_students_own_distribution_behind_padding():
     """By chi-square of the first token. What the model ships, top-k 1, must not reach a rollout."""
     model, count, prompts = tiny_model(initializer_range=0.15), 20_000, [[4, 5, 4], [*range(6, 12)]]
-    shipped = {"top_k": 1, "temperature": 0.6, "repetition_penalty": 2.0}
-    model.generation_config = GenerationConfig(eos_token_id=[1, 2], **shipped)
+    model.generation_config = GenerationConfig(eos_token_id=[1, 2], top_k=1, repetition_penalty=2.0)
     options, tokenizer = opsdc.Config(max_new_tokens=1), Mock(eos_token_id=None)
     model.generation_config = opsdc.sampling_settings(options, [model], tokenizer)
     torch.manual_seed(0)
@@ -330,7 +325,7 @@ def test_rollouts_follow_the_students_own_distribution_behind_padding():
         assert chi_square < 59 + 5 * math.sqrt(2 * 59)  # five standard deviations, 59 degrees
 
 
-def test_the_example_of_align_and_losses_of_distributions_far_apart():
+def test_the_example_of_align_and_losses_and_norms_of_large_numbers(group):
     input_ids, predicts = opsdc.align([[11, 12, 13], [21]], [[1, 2], [3, 4, 5]])
     assert input_ids.tolist() == [[11, 12, 13, 1, 2], [21, 3, 4, 5, 0]]
     assert predicts.int().tolist() == [[0, 0, 1, 1, 0], [1, 1, 1, 0, 0]]
@@ -340,6 +335,14 @@ def test_the_example_of_align_and_losses_of_distributions_far_apart():
         loss, _ = opsdc.ChunkedDivergence.apply(*inputs)
         assert loss.item() == pytest.approx(nats)
         assert torch.autograd.grad(loss, q_states)[0].isfinite().all()
+    # torch's own fp32 norm of so many equal numbers is far too low:
+    numbers = torch.tensor([0.1]).expand(2**26)  # without their memory
+    weight = Mock(**{"grad.to_local.return_value.flatten.return_value": numbers})
+    student = Mock(**{"parameters.return_value": [weight]})
+    assert opsdc.clip_gradients(student, 1e9) == pytest.approx(0.1 * 2**13, rel=5e-3)
+    weight.grad.to_local.return_value.flatten.return_value = numbers * math.nan
+    with pytest.raises(SystemExit, match="not finite: look at model"):
+        opsdc.clip_gradients(student, 1e9)
 
 
 X = [[11, 12, 13], [21], [31, 32], [41, 42, 43, 44], [45]]
@@ -364,9 +367,8 @@ SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 0, "max_new_tokens": 5, "
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
 @pytest.mark.parametrize("family, tied", [("qwen3", True), ("llama", False)])
 @pytest.mark.parametrize("heads", [(60, 60), (60, 64), (64, 60)])  # rows; some only pad
-@pytest.mark.parametrize("chunk", [7, 1000])  # of 17 positions
-def test_loss_and_gradients_equal_autograd(monkeypatch, kind, family, tied, heads, chunk):
-    monkeypatch.setattr(opsdc, "CHUNK", chunk)
+def test_loss_and_gradients_equal_autograd(monkeypatch, kind, family, tied, heads):
+    monkeypatch.setattr(opsdc, "CHUNK", 1000 if heads == (60, 60) else 7)  # of 17 positions
     models = [tiny_model(family, n, tie_word_embeddings=tied, vocab_size=n) for n in heads]
     scorers, weights = [opsdc.Scorer(model) for model in models], [*models[0].parameters()]
     loss, statistics = opsdc.distillation_loss(*scorers, TRIPLES, kind, 5)
@@ -380,8 +382,7 @@ def test_loss_and_gradients_equal_autograd(monkeypatch, kind, family, tied, head
     halves = (opsdc.distillation_loss(*scorers, t, kind, 5) for t in (TRIPLES[:2], TRIPLES[2:]))
     total = sum(loss for loss, _ in halves)  # micro-batches add up
     close(torch.autograd.grad(total * 3, weights), gradients, rtol=1e-4)
-    same = list(zip(X, X, Y, strict=True))
-    loss, _ = opsdc.distillation_loss(scorers[0], scorers[0], same, kind, 5)
+    loss, _ = opsdc.distillation_loss(*scorers[:1] * 2, [*zip(X, X, Y, strict=True)], kind, 5)
     assert loss.item() == pytest.approx(0, abs=1e-6)
     assert max(g.abs().max() for g in torch.autograd.grad(loss, weights)) < 1e-5
 
@@ -433,17 +434,6 @@ def test_more_than_a_head_and_lost_weights_are_refused(tmp_path, kind, options, 
     model.save_pretrained(tmp_path, state_dict=weights)
     with pytest.raises(ValueError, match=message):
         opsdc.load_model(str(tmp_path), "bfloat16" if kind == "granite" else "float32")
-
-
-def test_norms_of_large_gradients_are_right_and_others_end_a_run(group):
-    """torch's own fp32 norm of so many equal numbers is far too low."""
-    numbers = torch.tensor([0.1]).expand(2**26)  # without their memory
-    weight = Mock(**{"grad.to_local.return_value.flatten.return_value": numbers})
-    student = Mock(**{"parameters.return_value": [weight]})
-    assert opsdc.clip_gradients(student, 1e9) == pytest.approx(0.1 * 2**13, rel=5e-3)
-    weight.grad.to_local.return_value.flatten.return_value = numbers * math.nan
-    with pytest.raises(SystemExit, match="not finite: look at model"):
-        opsdc.clip_gradients(student, 1e9)
 
 
 def record(options, program=opsdc):
@@ -602,10 +592,9 @@ def test_every_rollout_ends_at_a_stop_id_of_model_teacher_or_tokenizer(tmp_path)
         flags |= {"teacher": teacher, "instruction": instruction, "output_dir": run}
         completions = sum((asked.completions for asked in record(flags)), [])
         assert all(y[-1] in stops and not {*y[:-1]} & {*stops} for y in completions)
-        for directory in (run, run / "step-1"):
-            assert AutoModelForCausalLM.from_pretrained(directory)
-            saved = json.loads((directory / "generation_config.json").read_text())
-            assert saved.items() >= (shipped | {"eos_token_id": stops}).items()
+        assert AutoModelForCausalLM.from_pretrained(run)
+        saved = json.loads((run / "generation_config.json").read_text())
+        assert saved.items() >= (shipped | {"eos_token_id": stops}).items()
     row, _ = read_rows(run / "metrics.jsonl")
     assert abs(row["loss"]) < 1e-7 and row["grad_norm"] < 1e-5
 
@@ -639,8 +628,7 @@ def test_only_a_run_of_its_kind_is_resumed(monkeypatch, small_run, tiny, tmp_pat
     change(shards, half)
     assert start(opsdc, *resume, code=2).count("\n") == 2  # torch says nothing beside it
     change(shards, good)
-    day = Mock()
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", day)  # another one
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", day := Mock())
     call(opsdc, *resume, "--steps=4", "--save_every=0")
     assert day.now.called and len(read_rows(out / "metrics.jsonl")) == 4
     [shutil.rmtree(step) for step in out.glob("step-*")]
@@ -654,7 +642,7 @@ def grade():
         yield lambda rows, **options: evaluation.grade(pool, rows, **options)
 
 
-def test_faults_of_the_papers_scorer_are_in_dual_and_not_in_final(grade):
+def test_faults_of_the_papers_scorer_are_in_dual_and_not_in_final(grade, monkeypatch):
     """Response => for a careful reader => by the paper's scorer, which reads a box on the line of a
     first `Answer:`, and the last number of a response that was cut off."""
     rows = r"""<think>maybe \boxed{12}</think> Answer: 13 => 13 => 12, 13
@@ -666,6 +654,27 @@ def test_faults_of_the_papers_scorer_are_in_dual_and_not_in_final(grade):
         found = dict(zip(golds, grade((response, gold) for gold in golds), strict=True))
         accepted = [[gold for gold in golds if found[gold][v]] for v in ("final", "dual")]
         assert [*map(", ".join, accepted)] == expected
+    # Thinking is cut off as models mark it, and not by the paper's scorer:
+    marks = table("""<think> => </think> | <thought> => </thought> | [THINK] => [/THINK]
+        ◁think▷ => ◁/think▷ | <seed:think> => </seed:think> | <|channel>thought => <channel|>
+        <|channel|>analysis<|message|> => <|end|><|start|>assistant<|channel|>final<|message|>""")
+    closed = [f"{begin} Answer: 4 {end}Answer: 5" for begin, end in marks]
+    closed += ["<think>Answer: 4</think>Answer: 5</think>\n"]  # the second closes nothing
+    opened = [f"{begin} Answer: 5" for begin, _ in marks] + ["Answer: 5</think>"]
+    for responses, right in ((closed, True), (opened, False)):
+        assert all(v["final"] == right for v in grade((y, "5") for y in responses)), right
+        assert all(v["dual"] for v in grade((y, "5") for y in responses))  # the paper reads it all
+    assert not any(v["final"] for v in grade((y, "4") for y in closed))
+    tokenizer = AutoTokenizer.from_pretrained(TOY)  # whose marks are special tokens
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<think>", "</think>", "<pad>"]})
+    tokenizer.pad_token = "<pad>"
+    stop, start = tokenizer("<|im_end|>")["input_ids"], tokenizer("Hi <think>\n")["input_ids"]
+    ids = tokenizer("4</think><pad>Answer: 5")["input_ids"] + stop
+    monkeypatch.setattr(opsdc, "rollout", lambda *_: [ids, ids[:-1]])
+    model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=stop))
+    samples = evaluation.generate(model, tokenizer, [start, start[:1]])
+    assert [*samples[0].values()] == ["<think>\n4</think>Answer: 5", len(ids), True]
+    assert [*samples[1].values()] == ["4</think>Answer: 5", len(ids) - 1, False]
 
 
 def test_final_reads_the_answer_stated_last(grade):
@@ -732,29 +741,6 @@ def test_hostile_responses_are_wrong_and_harm_no_other(grade):
     assert all(v["final"] and v["dual"] and not v["errors"] for v in (good, good_2, last))
     assert mixed["final"] and not mixed["answer_only"] and mixed["errors"]
     assert not any(v["final"] for v in others)
-
-
-def test_thinking_is_cut_off_as_models_mark_it(grade, monkeypatch):
-    marks = table("""<think> => </think> | <thought> => </thought> | [THINK] => [/THINK]
-        ◁think▷ => ◁/think▷ | <seed:think> => </seed:think> | <|channel>thought => <channel|>
-        <|channel|>analysis<|message|> => <|end|><|start|>assistant<|channel|>final<|message|>""")
-    closed = [f"{begin} Answer: 4 {end}Answer: 5" for begin, end in marks]
-    closed += ["<think>Answer: 4</think>Answer: 5</think>\n"]  # the second closes nothing
-    opened = [f"{begin} Answer: 5" for begin, _ in marks] + ["Answer: 5</think>"]
-    for responses, right in ((closed, True), (opened, False)):
-        assert all(v["final"] == right for v in grade((y, "5") for y in responses)), right
-        assert all(v["dual"] for v in grade((y, "5") for y in responses))  # the paper reads it all
-    assert not any(v["final"] for v in grade((y, "4") for y in closed))
-    tokenizer = AutoTokenizer.from_pretrained(TOY)  # whose marks are special tokens
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<think>", "</think>", "<pad>"]})
-    tokenizer.pad_token = "<pad>"
-    stop, start = tokenizer("<|im_end|>")["input_ids"], tokenizer("Hi <think>\n")["input_ids"]
-    ids = tokenizer("4</think><pad>Answer: 5")["input_ids"] + stop
-    monkeypatch.setattr(opsdc, "rollout", lambda *_: [ids, ids[:-1]])
-    model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=stop))
-    samples = evaluation.generate(model, tokenizer, [start, start[:1]])
-    assert [*samples[0].values()] == ["<think>\n4</think>Answer: 5", len(ids), True]
-    assert [*samples[1].values()] == ["4</think>Answer: 5", len(ids) - 1, False]
 
 
 @pytest.fixture
@@ -944,8 +930,7 @@ def test_another_evaluation_in_the_same_place_is_refused(asked, tmp_path):
 BOTH = table("""model.safetensors => "" => deserializing
     config.json => {"model_type": "x", "auto_map": {"AutoConfig": "own.X"}} => model can't be used
     config.json => {"model_type": "t5"} => T5Config | chat_template.jinja => null => is not set""")
-MODEL = table("""chat_template.jinja => "Why?" => equal prompts
-    adapter_config.json => "{}" => merge | config.json => {"hidden_size": 64} => mismatched_sizes
+MODEL = table("""adapter_config.json => "{}" => merge | chat_template.jinja => "Why?" => equal
     config.json => {"num_hidden_layers": 1, "layer_types": null} => weight ['model.layers.1.
     generation_config.json => {"eos_token_id": [1, 821]} => [1, 821, ... no tokens from 0 to 820
     generation_config.json => {"eos_token_id": -1} => the stop ids are [-1, ... which are no tokens
@@ -955,10 +940,9 @@ MODEL += [*BOTH, ("config.json", json.dumps(BITS), "its weights are quantized")]
 FAULTS = [(opsdc, "", f"model/{file}", json.loads(new), said) for file, new, said in MODEL]
 TEACHER, WORDS = "--teacher=toy --refresh_every=0", {"extra_special_tokens": ["another"]}
 FAULTS += [(opsdc, TEACHER, "model/tokenizer_config.json", WORDS, "toy has another vocabulary")]
-DATA = table(r"""[1, 2] => row 1 | {"text": "", "id": 1} => row 1 ... columns are ['text', 'id']
+DATA = table(r"""{"problem": "a"}¶¶{"problem": "b¶ => line 2 | {"prompt": []} => ['prompt']
+    {"text": "", "id": 1} => row 1 ... columns are ['text', 'id'] | {"problem": "\udcff"} => row 1
     {"problem": "a"}¶{"problem": " "} => row 2 ... ends with a text of the user | => 0 of 0
-    {"problem": "\udcff"} => row 1 | {"prompt": [1]} => row 1 | {"problem": 7} => row 1
-    {"prompt": []} => row 1 ... ['prompt'] | {"problem": "a"}¶¶{"problem": "b¶ => line 2
     {"prompt": [{"role": "system", "content": "a"}]} => row 1 ... ends with a text of the user
     {"prompt": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]} => row 1
     {"problem": "[{\"role\": \"user\", \"content\": \"a\"}]"} => row 1 ... turned into a text
@@ -966,10 +950,9 @@ DATA = table(r"""[1, 2] => row 1 | {"text": "", "id": 1} => row 1 ... columns ar
     {"prompt": [{"role": "", "content": "\udcff"}, {"role": "user", "content": "a"}]} => row 1""")
 DATA = [(row, f"data.jsonl ... {said}") for row, said in DATA]
 FAULTS += [(opsdc, "", "model/data.jsonl", *row) for row in [*DATA, (b'"\xe9"', "utf-8")]]
-VALUES = "steps=0 micro_batch_size=-1 learning_rate=1e9 learning_rate=nan prompt=poem "
-VALUES += "weight_decay=-1 max_grad_norm=0 refresh_share=1.1 top_p=1.5 seed=-1 temperature=0 "
-VALUES += "seed=99999999999 divergence=kl instruction=v3 instruction= rate=1 batch_size=11 "
-VALUES += "max_new_tokens=40000 max_prompt_tokens=3 output_dir="
+VALUES = """steps=0 learning_rate=1e9 learning_rate=nan prompt=poem weight_decay=-1 max_grad_norm=0
+    refresh_share=1.1 top_p=1.5 seed=-1 temperature=0 seed=99999999999 divergence=kl instruction=v3
+    instruction= batch_size=11 max_new_tokens=40000 max_prompt_tokens=3 output_dir="""
 WORDS = table("""--data=Nobody/None => Nobody/None can't | --model=Nobody/None => Nobody/None can't
     --data={tmp}/no.jsonl => no.jsonl ... No such file | --data={tmp}/no => /no can't
     --data=toy/args => toy/args can't ... only .jsonl | --data={tmp}/x => /x can't be used
@@ -981,7 +964,6 @@ WORDS = table("""--data=Nobody/None => Nobody/None can't | --model=Nobody/None =
     --teacher={tmp}/x/../model --instruction=none --refresh_every=0 => equal prompts""")
 WORDS += [(f"--{value}", f"--{value.split('=')[0]}") for value in VALUES.split()]
 FAULTS += [(opsdc, words, "x/no", None, message) for words, message in WORDS]
-FAULTS += [(opsdc, "--data={tmp}/a.parquet", "a.parquet", "", "a.parquet can't be used")]
 DATA = table("""{"problem": "a", "answer": null} => ['problem', 'answer'], without answer, final_a
     {"problem": "a", "answer": "####"} => answer is '####' | {"text": "a"} => columns are ['text']
     {"problem": "a", "answer": 1}¶{"problem": "b", "answer": NaN} => row 2 can't be used: answer
