@@ -811,7 +811,7 @@ def test_settings_reach_rollouts_and_models_are_asked_in_one_style(asked, monkey
     switch = "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
     trained = plain / "step-7"  # its run.json is the one above
     for model in (shutil.copytree(TOY, trained), boxed):
-        change(model / "chat_template.jinja", TOKENIZER.chat_template + switch)
+        change(model / "chat_template.jinja", (TOY / "chat_template.jinja").read_text() + switch)
     change(plain / "run.json", '{"config": {"prompt": "plain", "thinking": "off"}}')
     refused(evaluation, [TOY, *run, "--thinking=on"], "no such switch", tmp_path)
     change(boxed / "run.json", None)
@@ -868,7 +868,7 @@ def test_the_report_says_what_its_rows_say(tmp_path):
         assert "| 60.0 (30.2-84.0) |" in call(evaluation, *run)
         assert len(read_rows(tmp_path / f"{k}/samples-0.jsonl")) == len(rows)
     # Intervals cover the mean, counted over every number of right problems by its probability:
-    for problems, mean in itertools.product((5, 30, 500), (0.5, 0.97)):
+    for problems, mean in itertools.product((5, 30, 150), (0.5, 0.97)):
         covered = 0
         for right in range(problems + 1):
             chance = math.comb(problems, right) * mean**right * (1 - mean) ** (problems - right)
@@ -950,7 +950,7 @@ DATA = table(r"""{"problem": "a"}¶¶{"problem": "b¶ => line 2 | {"prompt": []}
     {"prompt": [{"role": "", "content": "\udcff"}, {"role": "user", "content": "a"}]} => row 1""")
 DATA = [(row, f"data.jsonl ... {said}") for row, said in DATA]
 FAULTS += [(opsdc, "", "model/data.jsonl", *row) for row in [*DATA, (b'"\xe9"', "utf-8")]]
-VALUES = """steps=0 learning_rate=1e9 learning_rate=nan prompt=poem weight_decay=-1 max_grad_norm=0
+VALUES = """steps=0 learning_rate=1e9 learning_rate=nan weight_decay=-1 max_grad_norm=0
     refresh_share=1.1 top_p=1.5 seed=-1 temperature=0 seed=99999999999 divergence=kl instruction=v3
     instruction= batch_size=11 max_new_tokens=40000 max_prompt_tokens=3 output_dir="""
 WORDS = table("""--data=Nobody/None => Nobody/None can't | --model=Nobody/None => Nobody/None can't
@@ -958,7 +958,7 @@ WORDS = table("""--data=Nobody/None => Nobody/None can't | --model=Nobody/None =
     --data=toy/args => toy/args can't ... only .jsonl | --data={tmp}/x => /x can't be used
     --data={tmp}/x[1] => x[1] can't ... brackets | --data={tmp}/model => names don't match
     --data={tmp}/x/a.parquet => a.parquet can't be used | --instruction=none => equal prompts
-    --output_dir={tmp}/model => not empty | @{tmp}/no => No such file
+    --output_dir={tmp}/model => not empty | @{tmp}/no => No such file | --prompt=poem => is no style
     --output_dir={tmp}/model/data.jsonl/a => data.jsonl is a file | --thinking=on => --thinking on
     --teacher=toy => --refresh_every 0 | --teacher={tmp}/no --refresh_every=0 => /no can't
     --teacher={tmp}/x/../model --instruction=none --refresh_every=0 => equal prompts""")
