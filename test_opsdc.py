@@ -959,7 +959,7 @@ WORDS = table("""--data=Nobody/None => Nobody/None can't | --model=Nobody/None =
     --data={tmp}/x[1] => x[1] can't ... brackets | --data={tmp}/model => names don't match
     --data={tmp}/x/a.parquet => a.parquet can't be used | --instruction=none => equal prompts
     --output_dir={tmp}/model => not empty | @{tmp}/no => No such file | --prompt=poem => is no style
-    --output_dir={tmp}/model/data.jsonl/a => data.jsonl is a file | --thinking=on => --thinking on
+    --output_dir={tmp}/model/data.jsonl/a => is a file | --model=toy --thinking=on => --thinking on
     --teacher=toy => --refresh_every 0 | --teacher={tmp}/no --refresh_every=0 => /no can't
     --teacher={tmp}/x/../model --instruction=none --refresh_every=0 => equal prompts""")
 WORDS += [(f"--{value}", f"--{value.split('=')[0]}") for value in VALUES.split()]
