@@ -110,13 +110,14 @@ def refresh() -> None:
 
     runs = {name: read_summaries(files) for name, files in RUNS.items()}
     figure, axes = plt.subplots(figsize=(7.4, 4.2))
-    looks = zip((GREY, BLUE, RED), ((2, -12), (4, 5), (4, -12)), strict=True)
-    for (name, rows), (color, place) in zip(runs.items(), looks, strict=True):
+    places = {("frozen", "10"): (-14, -14), ("frozen", "30"): (5, 6), ("M = 20", "30"): (-14, -10)}
+    for (name, rows), color in zip(runs.items(), (GREY, BLUE, RED), strict=True):
         steps = sorted((n for n in rows.name.unique() if n.isdigit()), key=int)
         points = [means(rows[rows.name == step]) for step in steps]
         tokens, right = [p[0] for p in points], [p[1] for p in points]
         axes.plot(tokens, right, color=color, marker="o", markersize=4, label=name)
         for x, y, step in zip(tokens, right, steps, strict=True):
+            place = places.get((name, step), (4, 5) if name == "M = 20" else (4, -13))
             axes.annotate(step, (x, y), place, textcoords="offset points", color=color)
         low, high = points[-1][2]
         axes.plot([tokens[-1]] * 2, [low, high], color=color, linewidth=0.8)
