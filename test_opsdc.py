@@ -936,7 +936,7 @@ MODEL = table("""adapter_config.json => "{}" => merge | chat_template.jinja => "
     generation_config.json => {"eos_token_id": -1} => the stop ids are [-1, ... which are no tokens
     generation_config.json => {"eos_token_id": "2"} => the stop ids are ['2', ... are no tokens""")
 BITS = {"quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear"}}
-MODEL += [*BOTH, ("config.json", json.dumps(BITS), "its weights are quantized")]
+MODEL += [*BOTH, ("config.json", json.dumps(BITS), " quantized")]
 FAULTS = [(opsdc, "", f"model/{file}", json.loads(new), said) for file, new, said in MODEL]
 TEACHER, WORDS = "--teacher=toy --refresh_every=0", {"extra_special_tokens": ["another"]}
 FAULTS += [(opsdc, TEACHER, "model/tokenizer_config.json", WORDS, "toy has another vocabulary")]
