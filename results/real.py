@@ -49,7 +49,7 @@ def write_data(directory: Path) -> None:
 def keep(run: Path, evaluation: Path) -> None:
     """Copies log and summary into results/real under the run's name. Draws a test problem that base
     and trained model both get right, the one where both lengths are nearest to their means."""
-    from study import draw_tokens
+    from study import draw_tokens, tinted
 
     import opsdc
     from eval import load_problems
@@ -66,15 +66,10 @@ def keep(run: Path, evaluation: Path) -> None:
     before, after = (rows[rows.model == name].loc[[*problems]] for name in (base, trained))
     far = sum((side.tokens - side.tokens.mean()).abs() for side in (before, after))
     shown = far[before.final & after.final].idxmin()
-    tokenizer = opsdc.load_tokenizer(base)
-    scorer = opsdc.Scorer(opsdc.load_model(base, "float32"))
-    pair = opsdc.prompt_pair(problems[shown]["chat"], config["instruction"], config["prompt"])
-    completion = tokenizer(before.response[shown] + tokenizer.eos_token).input_ids
-    triple = (*opsdc.encode_chats(tokenizer, [*pair], "template"), completion)
-    _, (statistics,) = opsdc.distillation_loss(scorer, scorer, [triple], config["divergence"], 1)
-    tokens = [tokenizer.decode([token]) for token in completion[:-1]]
+    chat, tokenizer = problems[shown]["chat"], opsdc.load_tokenizer(base)
     answer = [tokenizer.decode([token]) for token in tokenizer(after.response[shown]).input_ids]
-    columns = [(tokens, statistics["loss"].tolist()[:-1]), (answer, [0.0] * len(answer))]
+    options = config["instruction"], config["prompt"]
+    columns = [tinted(base, chat, before.response[shown], *options), (answer, [0.0] * len(answer))]
     draw_tokens(columns, 46, REAL / f"{run.name}.png")
 
 

@@ -160,6 +160,20 @@ plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": 
 plt.rcParams |= {"figure.dpi": 160, "savefig.bbox": "tight", "figure.constrained_layout.use": True}
 
 
+def tinted(model: str, chat: list, response: str, c: str, style: str) -> tuple[list, list]:
+    """The tokens of a response, and the KL at each in nats: its teacher is the model told c."""
+    import opsdc
+
+    tokenizer = opsdc.load_tokenizer(model)
+    scorer = opsdc.Scorer(opsdc.load_model(model, "float32"))
+    pair = opsdc.prompt_pair(chat, c, style)
+    completion = tokenizer(response + tokenizer.eos_token).input_ids
+    triple = (*opsdc.encode_chats(tokenizer, [*pair], "template"), completion)
+    _, (statistics,) = opsdc.distillation_loss(scorer, scorer, [triple], "reverse_kl", 1)
+    tokens = [tokenizer.decode([token]) for token in completion[:-1]]
+    return tokens, statistics["loss"].tolist()[:-1]
+
+
 def draw_tokens(columns: list[tuple[list[str], list[float]]], width: int, file: Path) -> None:
     """Texts side by side, in lines of at most width characters: tokens, tinted by their nats."""
     most, boxes = max(max(nats) for _, nats in columns), []  # boxes: left end, line, text, nats
@@ -238,9 +252,13 @@ def main() -> None:
     evaluated = study.in_parallel(study.evaluate, [(s,) for s in study.seeds], "evaluations")
     found = pd.concat(evaluated, ignore_index=True)
     found.to_json(study.output / "study.json", orient="records", indent=1)
-    # the two shortest rollouts that the first step kept
-    kept = pd.read_json(ROOT / study.path(MAIN, 0) / "rollouts-1.jsonl", lines=True)[:2]
-    columns = [*zip(kept.tokens, kept.divergence, strict=True)]
+    # two of the base's answers, of about its mean length
+    samples = pd.read_json(ROOT / study.directory / "eval-0/samples-0.jsonl", lines=True)
+    base = samples[(samples.model == "toy") & (samples.prompt == "student")]
+    columns = []
+    for _, row in base.loc[(base.tokens - base.tokens.mean()).abs().nsmallest(2).index].iterrows():
+        chat = [{"role": "user", "content": json.loads(problems[row["id"]])["problem"]}]
+        columns.append(tinted(str(ROOT / "toy"), chat, row.response, "v1", "paper"))
     draw_tokens(columns, 45, study.output / "rollout.png")
     draw_curves(study, study.output / "curves.png")
     draw_trade(found, study, study.output / "trade.png")
