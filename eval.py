@@ -362,7 +362,7 @@ def open_records(output_dir: Path, identity: dict) -> tuple[IO[bytes], dict[tupl
     done = read_samples(output_dir)
     require(file.exists() or not done, f"{output_dir} has samples but no settings.json")
     dist.barrier()  # every rank has read
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and not file.exists():  # a full disk loses no old one
         file.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
     records.seek(0)
     records.truncate(records.read().rfind(b"\n") + 1)  # without a row that a kill cut short
